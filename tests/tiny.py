@@ -1,0 +1,134 @@
+"""Tiny models, tokenizers and batches: made in milliseconds, of the same kinds as the real ones."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from burnish.types import Batch
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SENTENCES = (
+    "The cat sat on the mat and looked at the dog.",
+    "What is 3 plus 4? 3 plus 4 is 7.",
+    "user assistant system tool: answer the question, write the word backwards.",
+    "Once upon a time there was a small red house by the sea.",
+)
+
+TINY_CONFIG: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+"""What every tiny model has unless the architecture or the caller says otherwise."""
+
+
+def tiny_folder(path: Path, architecture: str = "LlamaForCausalLM", seed: int = 0, **overrides: Any) -> Path:
+    """A folder with a random checkpoint written by transformers, and a tokenizer with a chat template."""
+    import transformers
+
+    path.mkdir(parents=True, exist_ok=True)
+    model_class = getattr(transformers, architecture)
+    config = model_class.config_class(**{**TINY_CONFIG, **_ARCHITECTURES.get(architecture, {}), **overrides})
+    model = model_class(config)
+    randomize(model, seed)
+    model.save_pretrained(path)
+    tiny_tokenizer(path)
+    return path
+
+
+def randomize(model: torch.nn.Module, seed: int = 0) -> None:
+    """Every parameter drawn anew, so large that a wrong rotation, norm, bias or mask shows in the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 2:
+                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+            else:
+                parameter.copy_(0.2 * noise + (1.0 if "norm" in name else 0.0))
+
+
+def tiny_batch(lengths: tuple[int, ...] | list[int], vocab_size: int = 320, seed: int = 0) -> Batch:
+    """Random sequences of these lengths, laid end to end; the first third of each is a prompt that is not scored."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    tokens = torch.randint(3, vocab_size, (total,), generator=generator)
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    positions = torch.arange(total) - starts[sequence]
+    lengths_T = torch.tensor(lengths)[sequence]
+    last = positions == lengths_T - 1
+    targets = torch.where(last, 0, tokens.roll(-1))
+    weights = ((positions >= lengths_T // 3) & ~last).float()
+    return Batch(
+        tokens=tokens,
+        targets=targets,
+        weights=weights,
+        positions=positions,
+        sequence=sequence,
+        starts=starts,
+        scored=weights.nonzero()[:, 0],
+        num_sequences=len(lengths),
+        longest=max(lengths),
+        total_weight=float(weights.sum()),
+        rows=tuple(range(len(lengths))),
+    )
+
+
+def tiny_tokenizer(path: Path, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+    """A folder with a byte-level BPE tokenizer of 300 tokens; `<|im_end|>` (id 2) ends a turn."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "tokenizer.json").write_text(_tokenizer_json())
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 128,
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    if chat_template is not None:
+        (path / "chat_template.jinja").write_text(chat_template)
+    return path
+
+
+@functools.cache
+def _tokenizer_json() -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return tokenizer.to_str(pretty=True)
+
+
+_ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "Qwen3ForCausalLM": {"head_dim": 16},
+    "GemmaForCausalLM": {"head_dim": 16, "num_key_value_heads": 1},
+    "Gemma2ForCausalLM": {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 5},
+    "Gemma3ForCausalLM": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "SmolLM3ForCausalLM": {"no_rope_layers": [1, 0]},
+}
