@@ -30,10 +30,29 @@ class ModelSettings(Settings):
         description="How the base weights are kept: `full` trains them (fp32), `bf16` and `fp32` freeze them, "
         "`nf4` freezes them in 4 bits. `auto` is `full` without an adapter, else `bf16`.",
     )
+    init: Literal["weights", "random"] = Field(
+        "weights",
+        description="`random`: fresh weights from the folder's config.json alone, for pre-training and benchmarks.",
+    )
     double_quant: bool = Field(True, description="With nf4, keep the scales of the blocks in 8 bits as well.")
     template: str = Field(
         "auto",
         description="The chat template: `auto` is the tokenizer's own; `chatml`, `alpaca`, `vicuna`, or a .jinja file.",
+    )
+
+
+class TrainedModelSettings(Settings):
+    """A model to use: a base, and what was trained on it."""
+
+    path: str | None = Field(
+        None, description="A model folder, run folder, hub id or `embedded`; none: the adapter's base."
+    )
+    adapter: str | None = Field(None, description="An adapter folder in PEFT's layout, or the folder of a run.")
+    storage: Literal["bf16", "fp32", "nf4"] = Field("bf16", description="How the base weights are kept.")
+    template: str = Field("auto", description="The chat template, as in training.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` is cuda where there is one.")
+    dtype: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="Of activations; `auto`: bf16 on cuda, fp32 on cpu."
     )
 
 
@@ -61,7 +80,9 @@ class DataSettings(Settings):
     path: str | tuple[str, ...] = Field(
         "embedded", description="JSONL, JSON or Parquet files, a hub dataset id, or `embedded`; a list is joined."
     )
-    format: str = Field("auto", description="`auto` recognises it from the rows; `burnish data audit --help` lists them.")
+    format: str = Field(
+        "auto", description="`auto` recognises it from the rows; `burnish data audit --help` lists them."
+    )
     split: str = Field("train", description="The split of a hub dataset.")
     train_on: Literal["all_assistant", "last_assistant", "everything"] = Field(
         "all_assistant", description="Which turns of a conversation count in the loss."
@@ -70,7 +91,9 @@ class DataSettings(Settings):
     too_long: Literal["drop", "split", "error"] = Field(
         "drop", description="What becomes of a longer one. Nothing is ever cut silently; the audit counts them."
     )
-    repair: bool = Field(True, description="Repair known dirt by named, counted rules; without it such rows are dropped.")
+    repair: bool = Field(
+        True, description="Repair known dirt by named, counted rules; without it such rows are dropped."
+    )
     allow_untrained: bool = Field(False, description="Drop rows without a token to train on instead of stopping.")
     limit: int | None = Field(None, ge=1, description="Read at most so many rows.")
 
@@ -88,9 +111,12 @@ class EvaluateSettings(Settings):
 class OptimSettings(Settings):
     """AdamW and its learning rate."""
 
-    lr: float | None = Field(None, ge=0, description="Peak learning rate; none: 2e-5 for full weights, 2e-4 for adapters.")
+    lr: float | None = Field(
+        None, ge=0, description="Peak learning rate; none: 2e-5 for full weights, 2e-4 for adapters."
+    )
     schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
-        "cosine", description="Shape after warm-up; `wsd` is constant, then linear to 0 over the last `decay` of the steps."
+        "cosine",
+        description="Shape after warm-up; `wsd` is constant, then linear to 0 over the last `decay` of the steps.",
     )
     warmup: float = Field(0.03, ge=0, description="Warm-up steps; below 1 a share of all steps.")
     decay: float = Field(0.2, gt=0, le=1, description="With wsd, the share of steps that the decay takes.")
@@ -109,11 +135,19 @@ class RunSettings(Settings):
     epochs: float = Field(1.0, gt=0, description="Passes over the data when run.steps is none.")
     seed: int = Field(0, ge=0, description="Decides data order, initial adapters and dropout.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` is cuda where there is one.")
-    dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="Of activations; `auto`: bf16 on cuda, fp32 on cpu.")
+    dtype: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="Of activations; `auto`: bf16 on cuda, fp32 on cpu."
+    )
     step_tokens: int = Field(16384, ge=1, description="Tokens per optimizer step, over all micro-batches and ranks.")
-    microbatch_tokens: int = Field(4096, ge=2, description="Tokens per forward pass on one device: what memory depends on.")
-    checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, more time.")
-    compile: Literal["auto", "on", "off"] = Field("auto", description="Compile the decoder block; `auto`: on cuda only.")
+    microbatch_tokens: int = Field(
+        4096, ge=2, description="Tokens per forward pass on one device: what memory depends on."
+    )
+    checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, more time."
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="Compile the decoder block; `auto`: on cuda only."
+    )
 
 
 class SaveSettings(Settings):
@@ -142,7 +176,7 @@ class TrainingSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _resolve(cls, given: Any) -> Any:
-        """Turn `auto` storage, adapter and learning rate into what they stand for, so that the written config says it."""
+        """Turn `auto` storage and adapter and no learning rate into what they stand for: the written config says it."""
         if not isinstance(given, dict) or any(isinstance(given.get(key), (str, int, float)) for key in given):
             return given  # a group given as a plain value: the field's own validation says so
         model, adapter, optim = ({**(given.get(key) or {})} for key in ("model", "adapter", "optim"))
@@ -166,8 +200,9 @@ class TrainingSettings(Settings):
             )
         if self.run.microbatch_tokens < self.data.max_length:
             raise ValueError(
-                f"run.microbatch_tokens={self.run.microbatch_tokens} is less than data.max_length={self.data.max_length}: "
-                f"write run.microbatch_tokens={self.data.max_length} or data.max_length={self.run.microbatch_tokens}"
+                f"run.microbatch_tokens={self.run.microbatch_tokens} is less than data.max_length={self.data.max_length}, "
+                f"so a longest row would fit no micro-batch: write run.microbatch_tokens={self.data.max_length} "
+                f"or data.max_length={self.run.microbatch_tokens}"
             )
         return self
 

@@ -1,0 +1,78 @@
+"""From settings to the parts of a run: the model with its adapter laid over the devices, and the learner."""
+
+from pathlib import Path
+
+import torch
+
+from burnish.config import AdapterSettings, ModelSettings, OptimSettings, RunSettings, TrainingSettings
+from burnish.engine.learner import Learner
+from burnish.engine.mesh import Mesh, shard, whole
+from burnish.model.adapter_files import save_adapter
+from burnish.model.adapters import AdapterSpec, adapter_parameters, add_adapter
+from burnish.model.checkpoint import init_model, load_model, save_model
+from burnish.model.decoder import Decoder
+from burnish.optim.adamw import adamw
+from burnish.optim.schedule import multiplier
+
+POLICY = "policy"
+"""The name of the adapter in training."""
+
+
+def activation_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that run.dtype stands for on a device."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def open_model(
+    folder: Path, model: ModelSettings, adapter: AdapterSettings, run: RunSettings, mesh: Mesh
+) -> tuple[Decoder, str | None]:
+    """The decoder, ready to train on every rank, and the name of the fresh adapter on it (None: full weights)."""
+    torch.manual_seed(run.seed)
+    dtype = activation_dtype(run.dtype, mesh.device)
+    if model.init == "random":
+        decoder = init_model(folder, run.seed, model.storage, mesh.device, dtype, model.double_quant)
+    else:
+        decoder = load_model(folder, model.storage, mesh.device, dtype, model.double_quant)
+    name = None
+    if adapter.kind != "none":
+        spec = AdapterSpec(**adapter.model_dump())
+        add_adapter(decoder, name := POLICY, spec, torch.Generator().manual_seed(run.seed))
+    decoder.checkpointing = run.checkpointing
+    if run.compile == "on" or (run.compile == "auto" and mesh.device.type == "cuda"):
+        for block in decoder.blocks:
+            block.compile(dynamic=False)
+    shard(decoder, decoder.blocks, mesh)
+    return decoder, name
+
+
+def save_trained(learner: Learner, decoder: Decoder, folder: Path, base: Path, settings: TrainingSettings) -> None:
+    """Write what was trained: the whole model to folder/model, or the adapter alone to folder/adapter (PEFT layout).
+
+    Every rank calls it. A sharded model is gathered weight by weight into a fresh one on the main rank's host.
+    """
+    mesh, full = learner.mesh, settings.adapter.kind == "none"
+    if mesh.world > 1:
+        trained = {name: whole(parameter.detach()).cpu() for name, parameter in learner.parameters.items()}
+        if not mesh.is_main:
+            return
+        here = Mesh(torch.device("cpu"))
+        decoder, name = open_model(base, settings.model, settings.adapter, settings.run, here)
+        for key, parameter in (adapter_parameters(decoder, name) if name else dict(decoder.named_parameters())).items():
+            parameter.data.copy_(trained[key])
+    if full:
+        save_model(decoder, folder / "model", base, dtype=torch.bfloat16)
+    else:
+        save_adapter(decoder, POLICY, folder / "adapter", settings.model.path, base)
+
+
+def open_learner(decoder: Decoder, adapter: str | None, optim: OptimSettings, steps: int, mesh: Mesh) -> Learner:
+    """A learner over the adapter's weights, or over all weights when there is no adapter."""
+    assert optim.lr is not None
+    parameters = adapter_parameters(decoder, adapter) if adapter else dict(decoder.named_parameters())
+    optimizer = adamw(parameters, optim.lr, (optim.beta1, optim.beta2), optim.eps, optim.weight_decay)
+    peak, shape, warmup, decay = optim.lr, optim.schedule, optim.warmup, optim.decay
+    return Learner(
+        parameters, optimizer, lambda step: peak * multiplier(step, steps, shape, warmup, decay), optim.clip, mesh
+    )

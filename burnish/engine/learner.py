@@ -1,0 +1,79 @@
+"""The learner: the only code that calls backward, clips and steps. It knows no method and no model."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from burnish.engine.mesh import Mesh
+from burnish.types import Batch
+
+B = TypeVar("B", bound=Batch)
+Objective = Callable[[B], tuple[Tensor, dict[str, Tensor]]]
+
+
+class NonFinite(ArithmeticError):
+    """The loss or the gradient of a step is not a number; the weights are still those from before it."""
+
+    def __init__(self, step: int, quantity: str, rows: Iterable[int]) -> None:
+        super().__init__(step, quantity, tuple(rows))
+        self.step, self.quantity, self.rows = step, quantity, sorted(set(rows))
+
+
+@dataclass
+class Learner:
+    """Takes optimizer steps on sums: every micro-batch's loss is a sum, divided once by a count over all of them.
+
+    So how a step's data is cut into micro-batches, packed, or dealt to ranks cannot change its result.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    learning_rate: Callable[[int], float]
+    """The learning rate at a step counted from 0."""
+    clip: float
+    """The largest norm of the whole gradient; 0 leaves it alone."""
+    mesh: Mesh
+    steps_taken: int = 0
+
+    def step(self, microbatches: Sequence[B], objective: Objective[B], count: Callable[[B], float]) -> dict[str, float]:
+        """One optimizer step; every metric as its sum over micro-batches and ranks, divided by the count over both.
+
+        `objective` gives a micro-batch's loss as a sum, and named sums besides; `count` says what it counts for. On
+        several ranks each must bring a micro-batch as often as the others, an empty one if need be.
+        Raises NonFinite, before any weight has changed, when the loss or the gradient norm is not finite.
+        """
+        sums: dict[str, Tensor] = {}
+        total = float(self.mesh.sum(torch.tensor([sum(count(b) for b in microbatches)], dtype=torch.float64)))
+        if total == 0:
+            raise ValueError("this step has no token to learn from: every weight in it is 0")
+        for microbatch in microbatches:
+            loss, metrics = objective(microbatch)
+            (loss * (self.mesh.world / total)).backward()  # FSDP averages gradients over ranks; undo it
+            for name, value in {"loss": loss, **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double()
+        means = self.mesh.sum(torch.stack(list(sums.values()))) / total
+        grad_norm = self._clip()
+        *values, norm = torch.cat([means, grad_norm.double().reshape(1)]).tolist()  # the step's one wait for the device
+        metrics_out = dict(zip(sums, values, strict=True)) | {"grad_norm": norm}
+        self._refuse_non_finite(metrics_out, microbatches)
+        rate = self.learning_rate(self.steps_taken)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps_taken += 1
+        return metrics_out | {"learning_rate": rate}
+
+    def _clip(self) -> Tensor:
+        largest = self.clip or float("inf")
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), largest, foreach=True)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def _refuse_non_finite(self, metrics: Mapping[str, float], microbatches: Sequence[Batch]) -> None:
+        for quantity in ("loss", "grad_norm"):
+            if not torch.isfinite(torch.tensor(metrics[quantity])):
+                self.optimizer.zero_grad(set_to_none=True)
+                raise NonFinite(self.steps_taken, quantity, [row for b in microbatches for row in b.rows])

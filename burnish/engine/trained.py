@@ -1,0 +1,83 @@
+"""Opening a model that has been trained: its base, its adapter, and the tokenizer and template that belong to it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from burnish.config import TrainedModelSettings
+from burnish.data.chat import ChatTemplate, open_template
+from burnish.data.tokenizer import Tokenizer
+from burnish.engine.preflight import check_device
+from burnish.model.families import find_model, read_config
+
+if TYPE_CHECKING:
+    from burnish.model.decoder import Decoder
+
+ADAPTER = "trained"
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A model ready to be asked, and the name of its adapter (None: the weights themselves)."""
+
+    decoder: "Decoder"
+    adapter: str | None
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+
+
+def find_adapter(path: str) -> Path:
+    """The adapter folder that a path names: itself, or the `adapter` folder of a run. Raises ValueError."""
+    for folder in (Path(path), Path(path) / "adapter"):
+        if (folder / "adapter_config.json").exists():
+            return folder
+    raise ValueError(
+        f"model.adapter={path} holds no adapter_config.json; name an adapter folder, or the folder of a run that "
+        "trained one"
+    )
+
+
+def find_base(settings: TrainedModelSettings) -> Path:
+    """The model folder that the settings name: its own path, a run's `model` folder, or the base of the adapter."""
+    path = settings.path
+    if path is None and settings.adapter is None:
+        raise ValueError("write model.path=DIR_OR_ID, or model.adapter=DIR to use an adapter's own base")
+    if path is None and settings.adapter is not None:
+        config = json.loads((find_adapter(settings.adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+        path = config.get("base_model_name_or_path")
+        if not path:
+            raise ValueError(
+                f"model.adapter={settings.adapter} does not say which base it is for; write model.path=DIR_OR_ID"
+            )
+    assert path is not None
+    result = Path(path) / "model"
+    return result if (result / "config.json").exists() else find_model(path, None)
+
+
+def check_trained(settings: TrainedModelSettings) -> None:
+    """Raises ValueError for a device, base or adapter that is not there; imports no torch."""
+    check_device(settings.device)
+    read_config(find_base(settings))
+    if settings.adapter is not None:
+        find_adapter(settings.adapter)
+
+
+def open_trained(settings: TrainedModelSettings) -> Trained:
+    """The model, its tokenizer and its template, on the device, in evaluation mode."""
+    import torch
+
+    from burnish.engine.assemble import activation_dtype
+    from burnish.model.adapter_files import load_adapter
+    from burnish.model.checkpoint import load_model
+
+    check_trained(settings)
+    base = find_base(settings)
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if settings.device == "auto" else settings.device)
+    decoder = load_model(base, settings.storage, device, activation_dtype(settings.dtype, device)).eval()
+    adapter = None
+    if settings.adapter is not None:
+        load_adapter(decoder, find_adapter(settings.adapter), adapter := ADAPTER)
+    tokenizer = Tokenizer.load(base)
+    return Trained(decoder, adapter, tokenizer, open_template(settings.template, tokenizer))

@@ -1,0 +1,73 @@
+"""What a model is worth before and after training: held-out loss, answers to held-out prompts, forgetting."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from burnish import world
+from burnish.data.chat import ChatTemplate, encode
+from burnish.data.tokenizer import Tokenizer
+from burnish.evaluate.likelihood import held_out_loss
+from burnish.evaluate.tasks import accuracy, accuracy_by_task, answer_prompts, exact_match
+from burnish.model.decoder import Decoder
+from burnish.types import Prompt, Text
+from burnish.types import Sequence as TokenSequence
+
+NUM_SAMPLES = 24
+"""Answers kept for people to read."""
+
+
+class Judge:
+    """Gives a verdict on a model as it stands; the same questions each time it is asked."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        adapter: str | None,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        held_out: Sequence[TokenSequence],
+        prompts: Sequence[Prompt],
+        general: str | None,
+        microbatch_tokens: int,
+    ) -> None:
+        self.model, self.adapter, self.tokenizer, self.template = model, adapter, tokenizer, template
+        self.held_out, self.prompts, self.microbatch_tokens = held_out, prompts, microbatch_tokens
+        self.general = general_sequences(general, tokenizer, microbatch_tokens) if general else []
+
+    def losses(self) -> dict[str, float]:
+        """Loss, perplexity and accuracy on the held-out rows, and the loss on general text, named for metrics.jsonl."""
+        metrics: dict[str, float] = {}
+        if self.held_out:
+            found = held_out_loss(self.model, self.held_out, self.adapter, self.microbatch_tokens)
+            metrics |= {f"eval_{name}": value for name, value in found.items()}
+        if self.general:
+            found = held_out_loss(self.model, self.general, self.adapter, self.microbatch_tokens)
+            metrics["eval_general_loss"] = found["loss"]
+        return metrics
+
+    def verdict(self) -> dict[str, Any]:
+        """The losses, the share of prompts answered right, overall and by task, and some answers to read."""
+        found: dict[str, Any] = {"metrics": self.losses(), "samples": []}
+        if self.prompts and self.template:
+            answers = answer_prompts(self.model, self.tokenizer, self.template, self.prompts, self.adapter, grade=grade)
+            found["metrics"]["eval_exact_match"] = accuracy(answers)
+            found["by_task"] = accuracy_by_task(answers)
+            step = max(1, len(answers) // NUM_SAMPLES)
+            found["samples"] = [answer.as_dict() for answer in answers[::step][:NUM_SAMPLES]]
+        return found
+
+
+def grade(prompt: Prompt, answer: str) -> bool:
+    """Whether an answer is right: by the task's own checker where the embedded world has one, else by exact match."""
+    if prompt.task in world.FAMILIES and prompt.answer is not None:
+        return world.check(prompt.task, prompt.messages[-1].content, prompt.answer, answer)
+    return exact_match(prompt, answer)
+
+
+def general_sequences(source: str, tokenizer: Tokenizer, max_length: int) -> list[TokenSequence]:
+    """General text (a file, or `embedded`) as sequences of at most max_length tokens, every token scored."""
+    text = world.general_text() if source == "embedded" else Path(source).read_text(encoding="utf-8")
+    ids = encode(Text(((text, True),)), tokenizer, None, "everything", 0).ids
+    pieces = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
+    return [TokenSequence(piece, (0.0,) + (1.0,) * (len(piece) - 1), 0) for piece in pieces if len(piece) > 1]

@@ -1,0 +1,34 @@
+"""Held-out loss: exact per token, whatever the size of the evaluation batches."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from burnish.data.packing import collate, pack
+from burnish.losses.likelihood import cross_entropy
+from burnish.model.decoder import Decoder
+from burnish.types import Sequence as TokenSequence
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Decoder, sequences: Sequence[TokenSequence], adapter: str | None, microbatch_tokens: int
+) -> dict[str, float]:
+    """Mean loss, perplexity and accuracy over all weighted tokens: sums over batches, divided once."""
+    device = next(model.parameters()).device
+    loss, correct, total = 0.0, 0.0, 0.0
+    training = model.training
+    model.eval()
+    for members in pack([len(s.ids) for s in sequences], microbatch_tokens):
+        batch = collate([sequences[i] for i in members]).to(device)
+        scores = model.score(batch, adapter)
+        summed, metrics = cross_entropy(scores.log_probs.double(), batch.weights.double(), scores.correct)
+        loss, correct = loss + summed.item(), correct + metrics["mean_token_accuracy"].item()
+        total += batch.total_weight
+    model.train(training)
+    if not total:
+        raise ValueError("the held-out rows have no token to score")
+    mean = loss / total
+    perplexity = math.exp(min(mean, 700.0))
+    return {"loss": mean, "perplexity": perplexity, "mean_token_accuracy": correct / total, "num_tokens": total}

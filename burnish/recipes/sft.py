@@ -1,0 +1,72 @@
+"""Supervised fine-tuning: minimise −Σ w_t log P(y_t | x, y_<t) over the tokens of the responses,
+with full weights, or with an adapter on a frozen base: LoRA, and with model.storage=nf4 QLoRA."""
+
+import math
+from typing import Any
+
+from burnish.config import TrainingSettings, to_yaml
+from burnish.engine.preflight import preflight
+
+
+class Config(TrainingSettings):
+    """The settings of supervised fine-tuning: those that every training recipe has."""
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Trains and evaluates; gives the run's row of results, which is also in results.json of its folder."""
+    preflight(config)  # what can be wrong without torch is said before the seconds that loading torch takes
+
+    from burnish.data.chat import open_template
+    from burnish.data.prepare import prepare
+    from burnish.data.stream import Stream
+    from burnish.data.tokenizer import Tokenizer
+    from burnish.engine.assemble import open_learner, open_model, save_trained
+    from burnish.engine.mesh import open_mesh
+    from burnish.engine.run import Run
+    from burnish.evaluate.judge import Judge
+    from burnish.losses.likelihood import cross_entropy
+    from burnish.model.families import find_model
+    from burnish.report.results import finish, method_name
+    from burnish.types import Batch
+
+    with open_mesh(config.run.device) as mesh:
+        # 1. Data: rows -> token sequences with a weight per token; the audit says what became of every row.
+        base = find_model(config.model.path, config.model.revision)
+        tokenizer = Tokenizer.load(base)
+        template = open_template(config.model.template, tokenizer)
+        data = prepare(config.data, config.evaluate, tokenizer, template, config.run.seed)
+        if mesh.is_main:
+            print("\n".join(data.audit.lines()))
+
+        # 2. Micro-batches: packs of whole sequences, as many a step as run.step_tokens asks for.
+        tokens, packs = config.run.microbatch_tokens, math.ceil(config.run.step_tokens / config.run.microbatch_tokens)
+        stream = Stream(data.train, tokens, packs, config.run.seed, mesh.rank, mesh.world)
+        steps = (
+            config.run.steps if config.run.steps is not None else math.ceil(config.run.epochs * stream.steps_per_epoch)
+        )
+
+        # 3. The model: one stored weight per layer, and beside it the adapter, if any; only one of the two trains.
+        model, adapter = open_model(base, config.model, config.adapter, config.run, mesh)
+        learner = open_learner(model, adapter, config.optim, steps, mesh)
+        judge = Judge(model, adapter, tokenizer, template, data.held_out, data.prompts, config.evaluate.general, tokens)
+
+        # 4. The method.
+        def objective(batch: Batch):
+            scores = model.score(batch, adapter)
+            return cross_entropy(scores.log_probs, batch.weights, scores.correct)
+
+        with Run(config.run.folder, to_yaml(config), config.save, learner, model, steps) as run:
+            run.write_json("audit.json", data.audit.as_dict())
+            before = run.once("before", judge.verdict)
+            for step in run.steps():
+                batches = [batch.to(mesh.device) for batch in stream.step(step)]
+                metrics = learner.step(batches, objective, count=lambda batch: batch.total_weight)
+                if config.evaluate.every and (step + 1) % config.evaluate.every == 0:
+                    metrics |= judge.losses()
+                run.log(metrics, stream.tokens_in(step))
+            after = run.once("after", judge.verdict)
+
+            # 5. What is left of it: a model or an adapter folder, the table, the page.
+            method = method_name(config.model.storage, config.adapter.kind)
+            save_trained(learner, model, run.folder, base, config)
+            return finish(run, run.folder, method, before, after)

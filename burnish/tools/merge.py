@@ -1,0 +1,36 @@
+"""Merge an adapter into its base, shard by shard, and report how far the merged model's answers are from the unmerged."""
+
+import json
+from typing import Literal
+
+from pydantic import Field
+
+from burnish.config import Settings, TrainedModelSettings
+from burnish.engine.trained import check_trained, find_adapter, find_base
+
+
+class Config(Settings):
+    """What is merged into what, and where it goes."""
+
+    model: TrainedModelSettings = TrainedModelSettings.model_construct()
+    out: str = Field(description="The folder to write: a model in Hugging Face layout.")
+    onto: Literal["weights", "nf4"] = Field(
+        "weights",
+        description="The base's 16-bit weights, or what they become through NF4: what a QLoRA adapter was trained on.",
+    )
+
+
+def main(config: Config, as_json: bool) -> None:
+    """Writes the merged model and prints the report."""
+    if config.model.adapter is None:
+        raise ValueError("write model.adapter=DIR: the adapter to merge")
+    check_trained(config.model)
+
+    from burnish.serve.merge import merge
+
+    report = merge(find_base(config.model), find_adapter(config.model.adapter), config.out, onto=config.onto)
+    if as_json:
+        print(json.dumps(report))
+        return
+    for name, value in report.items():
+        print(f"{name:<28} {value}")
