@@ -1,0 +1,281 @@
+"""Adapters as PEFT folders: written so that PEFT and vLLM load them as they are, and read strictly.
+
+The layout is PEFT's: `adapter_model.safetensors` with `base_model.model.<layer>.lora_A.weight` and the like, and
+`adapter_config.json`; tokenizer and chat template lie beside them.
+"""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from burnish.files import written_aside
+from burnish.model.adapters import IA3, Adapter, AdapterSpec, DoRA, LoRA, adapter_layers, add_adapter, linear_layers
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def save_adapter(model: nn.Module, name: str, folder: Path, base: str, tokenizer_folder: Path | None = None) -> None:
+    """Write the adapter called `name` as a PEFT folder, whole or not at all.
+
+    `base` is the model it was trained on, a hub id or a path. Raises ValueError for a folder that holds anything else
+    than an adapter: it is replaced as a whole.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder} holds something else than an adapter: choose another folder")
+    config, tensors = to_peft(adapter_layers(model, name), list(linear_layers(model)), base)
+    with written_aside(folder) as aside:
+        save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
+        (aside / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for file in _TOKENIZER_FILES:
+            if tokenizer_folder is not None and (tokenizer_folder / file).is_file():
+                shutil.copyfile(tokenizer_folder / file, aside / file)
+
+
+def load_adapter(
+    model: nn.Module, folder: Path, name: str, trainable: bool = False, base: str | None = None
+) -> AdapterSpec:
+    """Add the adapter in a PEFT folder to the model under `name`; its spec, with the layers in full.
+
+    Raises ValueError, and leaves the model as it was, for an option that is not supported, and for a tensor that is
+    missing, unexpected, misshapen or not finite; and, where `base` is given, for an adapter of a model with another name.
+    """
+    config = read_adapter_config(folder)
+    trained_on = config.get("base_model_name_or_path") or "a base that it does not name"
+    if base is not None and config.get("base_model_name_or_path") and _last(trained_on) != _last(base):
+        raise ValueError(f"{folder} is an adapter of {trained_on}, not of {base}: give the model it was trained on")
+    layers = linear_layers(model)
+    spec = spec_from_peft(config, list(layers), folder / CONFIG_FILE)
+    wanted = {
+        f"{_PREFIX}{path}.{key}": shape
+        for path in spec.targets
+        for key, shape in _shapes(spec, path, layers[path].shape).items()
+    }
+    tensors = _read_tensors(folder / WEIGHTS_FILE, wanted, trained_on)
+    # A generator of its own: what is drawn here is overwritten at once, and must not move the run's random state.
+    add_adapter(model, name, spec, torch.Generator())
+    for path, adapter in adapter_layers(model, name).items():
+        for key, attribute in _TENSORS[spec.kind].items():
+            parameter: nn.Parameter = getattr(adapter, attribute)
+            parameter.data.copy_(tensors[f"{_PREFIX}{path}.{key}"].reshape(parameter.shape))
+            parameter.requires_grad_(trainable)
+    return spec
+
+
+def to_peft(
+    layers: Mapping[str, Adapter], all_layers: list[str], base: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An adapter as PEFT's (config, tensors), without its name in either."""
+    kind = next(iter(layers.values())).kind
+    config = {
+        "auto_mapping": None,
+        "base_model_name_or_path": base,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "revision": None,
+        "target_modules": _short_names(list(layers), all_layers),
+        "task_type": "CAUSAL_LM",
+    }
+    factors = dict.fromkeys(layers, 1.0)
+    if kind == "ia3":
+        inward = [path for path, adapter in layers.items() if isinstance(adapter, IA3) and adapter.on_input]
+        feedforward = _short_names(inward, all_layers)
+        if not set(feedforward) <= set(config["target_modules"]):  # PEFT refuses a config where it is no subset
+            feedforward, config["target_modules"] = sorted(inward), sorted(layers)
+        config |= {"peft_type": "IA3", "feedforward_modules": feedforward, "init_ia3_weights": True}
+    else:
+        low_rank, factors = _low_rank_config({path: cast(LoRA | DoRA, adapter) for path, adapter in layers.items()})
+        config |= low_rank
+    tensors: dict[str, Tensor] = {}
+    for path, adapter in layers.items():
+        for key, attribute in _TENSORS[kind].items():
+            tensor: Tensor = getattr(adapter, attribute).detach().cpu()
+            if key == "lora_B.weight":
+                tensor = tensor * factors[path]
+            tensors[f"{_PREFIX}{path}.{key}"] = tensor.reshape(_file_shape(adapter, tensor)).contiguous()
+    return config, tensors
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """What `adapter_config.json` says. Raises ValueError where it is missing, damaged or asks for what we do not do."""
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise ValueError(f"{folder} is no adapter: there is no {CONFIG_FILE} in it")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind not in ("LORA", "IA3"):
+        raise ValueError(f"{file}: peft_type is {kind}; LORA (with DoRA) and IA3 can be read")
+    for key, value in config.items():
+        if key == "init_lora_weights" and value not in _INITS_THAT_LEAVE_THE_BASE_ALONE:
+            raise ValueError(
+                f"{file}: init_lora_weights={value} changes the base weights: convert it to a plain LoRA with PEFT "
+                "(save_pretrained with path_initial_model_for_weight_conversion)"
+            )
+        if key not in _UNDERSTOOD and value not in _NEUTRAL:
+            raise ValueError(f"{file}: {key}={value} is not supported")
+    if "target_modules" not in config:
+        raise ValueError(f"{file}: target_modules is missing")
+    return config
+
+
+def spec_from_peft(config: Mapping[str, Any], all_layers: list[str], file: Path) -> AdapterSpec:
+    """The spec that a PEFT config describes, with its target layers in full.
+
+    A name of `target_modules` that this model has no layer of is passed over, as PEFT does: whether every tensor finds
+    its layer is checked on the tensors.
+    """
+    targets = _layers_of(config["target_modules"], all_layers)
+    if not targets:
+        raise ValueError(f"{file}: target_modules={config['target_modules']} names no layer that can carry an adapter")
+    if config["peft_type"] == "IA3":
+        inward = _layers_of(config.get("feedforward_modules") or [], targets)
+        return AdapterSpec(kind="ia3", targets=tuple(targets), feedforward=tuple(inward))
+    spec = AdapterSpec(
+        kind="dora" if config.get("use_dora") else "lora",
+        rank=config.get("r", 8),
+        alpha=config.get("lora_alpha", 8),
+        rslora=bool(config.get("use_rslora")),
+        dropout=config.get("lora_dropout", 0.0),
+        targets=tuple(targets),
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+    )
+    ranks = {path: spec.rank_of(path) for path in targets if spec.rank_of(path) != spec.rank}
+    alphas = {path: spec.alpha_of(path) for path in targets if spec.alpha_of(path) != spec.alpha}
+    return replace(spec, rank_pattern=ranks, alpha_pattern=alphas)
+
+
+def _low_rank_config(layers: Mapping[str, LoRA | DoRA]) -> tuple[dict[str, Any], dict[str, float]]:
+    """The part of the config about ranks and scales, and what each layer's B is multiplied by in the file.
+
+    vLLM knows one scale for all layers, that of `r` and `lora_alpha`, and reads no patterns; PEFT knows a rank and an
+    alpha per layer. So every layer is written with the one scale (its alpha follows its rank), and where its own
+    differs, the ratio goes into B. `r` is the largest rank, which is what vLLM reserves room for.
+    """
+    first = max(layers.values(), key=lambda adapter: adapter.rank)
+    ranks = {path: adapter.rank for path, adapter in layers.items() if adapter.rank != first.rank}
+    alphas = {path: first.scale * (math.sqrt(rank) if first.rslora else rank) for path, rank in ranks.items()}
+    config = {
+        "alpha_pattern": {path: _plain(alpha) for path, alpha in alphas.items()},
+        "bias": "none",
+        "init_lora_weights": True,
+        "lora_alpha": _plain(first.alpha),
+        "lora_dropout": first.dropout,
+        "peft_type": "LORA",
+        "r": first.rank,
+        "rank_pattern": ranks,
+        "use_dora": first.kind == "dora",
+        "use_rslora": first.rslora,
+    }
+    return config, {path: adapter.scale / first.scale for path, adapter in layers.items()}
+
+
+def _plain(number: float) -> float | int:
+    """The number, whole where it is: PEFT declares lora_alpha an integer."""
+    return int(number) if number == int(number) else number
+
+
+def _file_shape(adapter: Adapter, tensor: Tensor) -> tuple[int, ...]:
+    """PEFT keeps IA³'s factors as the row or the column that they multiply the weight by."""
+    if isinstance(adapter, IA3):
+        return (1, tensor.numel()) if adapter.on_input else (tensor.numel(), 1)
+    return tuple(tensor.shape)
+
+
+def _shapes(spec: AdapterSpec, path: str, layer: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """What tensors a file must hold for a layer of this shape, after the layer's name."""
+    outputs, inputs = layer
+    if spec.kind == "ia3":
+        return {"ia3_l": (1, inputs) if path in spec.feedforward else (outputs, 1)}
+    rank = spec.rank_of(path)
+    shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": (rank, inputs), "lora_B.weight": (outputs, rank)}
+    return shapes | ({"lora_magnitude_vector": (outputs,)} if spec.kind == "dora" else {})
+
+
+def _read_tensors(file: Path, wanted: Mapping[str, tuple[int, ...]], trained_on: str) -> dict[str, Tensor]:
+    """The tensors of a file that must hold these and no others. Raises ValueError naming the first that is wrong."""
+    if not file.is_file():
+        pickled = file.with_suffix(".bin").is_file()
+        hint = " (adapter_model.bin is not read: it can hold code; save it again as safetensors)" if pickled else ""
+        raise ValueError(f"{file} is missing{hint}")
+    try:
+        found = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    for verb, keys in (("lacks", wanted.keys() - found.keys()), ("has the unexpected", found.keys() - wanted.keys())):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ValueError(f"{file} {verb} {min(keys)}{more}: it is damaged, or an adapter of another base")
+    for key, shape in wanted.items():
+        if tuple(found[key].shape) != shape:
+            given = tuple(found[key].shape)
+            raise ValueError(f"{file}: {key} is {given}, this model's is {shape}: it was trained on {trained_on}")
+        if not bool(found[key].isfinite().all()):
+            raise ValueError(f"{file}: {key} holds NaN or infinity")
+    return found
+
+
+def _short_names(layers: list[str], all_layers: list[str]) -> list[str]:
+    """The layers by their endings, where an ending means all layers that have it, else by their whole names."""
+    by_ending: dict[str, list[str]] = {}
+    for path in layers:
+        by_ending.setdefault(_last(path, "."), []).append(path)
+    names: list[str] = []
+    for ending, paths in by_ending.items():
+        whole = len(paths) == sum(_last(path, ".") == ending for path in all_layers)
+        names += [ending] if whole else paths
+    return sorted(names)
+
+
+def _layers_of(names: str | list[str], layers: Iterable[str]) -> list[str]:
+    """The layers that PEFT would take a `target_modules` for: all of them, a regular expression, or endings."""
+    if isinstance(names, str):
+        if names.lower() == "all-linear":
+            return list(layers)
+        return [path for path in layers if re.fullmatch(names, path)]
+    return [path for path in layers if any(path == name or path.endswith(f".{name}") for name in names)]
+
+
+def _last(path: str, separator: str = "/") -> str:
+    return path.rstrip(separator).rsplit(separator, 1)[-1]
+
+
+_PREFIX = "base_model.model."
+
+_TENSORS = {
+    "lora": {"lora_A.weight": "A", "lora_B.weight": "B"},
+    "dora": {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude"},
+    "ia3": {"ia3_l": "factors"},
+}
+"""What PEFT calls the parameters of each kind of adapter."""
+
+_UNDERSTOOD = frozenset(
+    "alpha_pattern auto_mapping base_model_name_or_path feedforward_modules inference_mode init_ia3_weights "
+    "init_lora_weights lora_alpha lora_dropout megatron_core peft_type peft_version qalora_group_size r rank_pattern "
+    "revision target_modules task_type use_dora use_rslora".split()
+)
+"""Options that are read, or that say nothing about what the adapter computes."""
+
+_NEUTRAL: tuple[Any, ...] = (None, False, "none", {}, [])
+"""Values by which an option that is not supported says that it is off."""
+
+_INITS_THAT_LEAVE_THE_BASE_ALONE: tuple[Any, ...] = (True, False, None, "gaussian", "eva", "orthogonal")
+
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "tokenizer.model"),
+)
