@@ -36,6 +36,15 @@ TINY_CONFIG: dict[str, Any] = {
 }
 """What every tiny model has unless the architecture or the caller says otherwise."""
 
+TINY_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+
 
 def tiny_folder(path: Path, architecture: str = "LlamaForCausalLM", seed: int = 0, **overrides: Any) -> Path:
     """A folder with a random checkpoint written by transformers, and a tokenizer with a chat template."""
@@ -43,8 +52,10 @@ def tiny_folder(path: Path, architecture: str = "LlamaForCausalLM", seed: int = 
 
     path.mkdir(parents=True, exist_ok=True)
     model_class = getattr(transformers, architecture)
-    config = model_class.config_class(**{**TINY_CONFIG, **_ARCHITECTURES.get(architecture, {}), **overrides})
-    model = model_class(config)
+    settings = {**TINY_CONFIG, **_ARCHITECTURES.get(architecture, {}), **overrides}
+    if architecture == "Gemma3ForConditionalGeneration":
+        settings = {"text_config": settings, "vision_config": TINY_VISION, "mm_tokens_per_image": 4}
+    model = model_class(model_class.config_class(**settings))
     randomize(model, seed)
     model.save_pretrained(path)
     tiny_tokenizer(path)
@@ -125,6 +136,12 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "GemmaForCausalLM": {"head_dim": 16, "num_key_value_heads": 1},
     "Gemma2ForCausalLM": {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 5},
     "Gemma3ForCausalLM": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "Gemma3ForConditionalGeneration": {
         "head_dim": 16,
         "query_pre_attn_scalar": 24,
         "sliding_window": 5,

@@ -6,7 +6,6 @@ from typing import Protocol, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class Stored(Protocol):
@@ -61,25 +60,3 @@ class Linear(nn.Module):
         if chosen is not None:
             y = chosen(x, y, self.stored)
         return y if self.bias is None or not late_bias else y + self.bias.to(y.dtype)
-
-
-class TiedWeight(nn.Module):
-    """A stored weight that is the embedding matrix itself: one parameter, used twice."""
-
-    def __init__(self, weight: nn.Parameter) -> None:
-        super().__init__()
-        self.weight = weight
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(outputs, inputs)."""
-        num_outputs, num_inputs = self.weight.shape
-        return num_outputs, num_inputs
-
-    def matmul(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
-        """x Wᵀ in the dtype of x."""
-        return F.linear(x, self.weight.to(x.dtype))
-
-    def dense(self, dtype: torch.dtype) -> Float[Tensor, "O I"]:
-        """The embedding matrix."""
-        return self.weight.to(dtype)

@@ -1,0 +1,1 @@
+"""The decoder, how its weights are kept, and the adapters beside them."""

@@ -1,0 +1,171 @@
+"""The packed decoder: what the rest of the program sees of a model."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from burnish.model.blocks import Attend, Block, Embedding, Norm, Pass, SelfAttention, Weights
+from burnish.model.cache import Cache
+from burnish.model.families import DecoderConfig
+from burnish.model.linear import Linear
+from burnish.model.storage import Dense
+from burnish.ops.attention import packed_layout, rotary_table, wants_padding
+from burnish.ops.log_probs import chunk_rows, head_logits, target_log_probs
+from burnish.ops.pointwise import soft_cap
+from burnish.types import Batch
+
+
+class Scores(NamedTuple):
+    """How a model reads a batch, position by position; 0 and False where the batch's weight is 0."""
+
+    log_probs: Float[Tensor, " T"]
+    """The log-probability of each target, in fp32, differentiable."""
+    correct: Bool[Tensor, " T"]
+    """Whether the target was the most probable token."""
+
+
+class Trunk(nn.Module):
+    """Everything below the head."""
+
+    def __init__(self, config: DecoderConfig, weights: Weights) -> None:
+        super().__init__()
+        shape = (config.vocab_size, config.hidden_size)
+        embedding = weights.parameter("model.embed_tokens.weight", shape)
+        self.embed_tokens = Embedding(embedding, config.embedding_scale)
+        self.layers = nn.ModuleList(Block(config, index, weights) for index in range(len(config.layers)))
+        self.norm = Norm(weights.parameter("model.norm.weight", (config.hidden_size,)), config)
+
+
+class Decoder(nn.Module):
+    """A language model over packed batches. `adapter` names which of its adapters changes it, call by call.
+
+    Activations are in `dtype`, norms and probabilities in fp32. Set `checkpointing` to recompute each block in the
+    backward pass instead of keeping what it computed.
+    """
+
+    def __init__(self, config: DecoderConfig, weights: Weights, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.checkpointing = False
+        self.compiled = False
+        self.model = Trunk(config, weights)
+        if config.tied:
+            self.lm_head = Linear(_share(self.model.embed_tokens.weight))
+        else:
+            self.lm_head = weights.linear("lm_head", (config.vocab_size, config.hidden_size), bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.embed_tokens.weight.device
+
+    def score(self, batch: Batch, adapter: str | None = None) -> Scores:
+        """Log-probability of each scored target, and whether it came first. Only scored positions meet the head."""
+        hidden_KD = self.hidden(batch, adapter).index_select(0, batch.scored)
+        targets_K = batch.targets[batch.scored]
+        log_probs_K, correct_K = self._score_rows(hidden_KD, targets_K, adapter)
+        zeros_T, false_T = (part.new_zeros(batch.tokens.shape) for part in (log_probs_K, correct_K))
+        return Scores(zeros_T.index_copy(0, batch.scored, log_probs_K), false_T.index_copy(0, batch.scored, correct_K))
+
+    def log_probs(self, batch: Batch, adapter: str | None = None) -> Float[Tensor, " T"]:
+        """The log-probability of each scored target."""
+        return self.score(batch, adapter).log_probs
+
+    def hidden(self, batch: Batch, adapter: str | None = None) -> Float[Tensor, "T D"]:
+        """The last hidden state of each position, after the final norm."""
+        return self._run(batch.tokens, self._packed(batch), adapter)
+
+    def logits(self, batch: Batch, adapter: str | None = None) -> Float[Tensor, "T V"]:
+        """The logits of every position, in fp32: T · V numbers at once, for small batches."""
+        return self._logits(self.hidden(batch, adapter), adapter)
+
+    def new_cache(self, num_slots: int, max_tokens: int) -> Cache:
+        """An empty cache for so many sequences of so many tokens, prompt and answer together."""
+        return Cache(self.config, num_slots, max_tokens, self.device, self.dtype)
+
+    @torch.no_grad()
+    def prefill(self, batch: Batch, cache: Cache, adapter: str | None = None) -> Float[Tensor, "S V"]:
+        """The logits after the last token of each sequence; sequence s of the batch now fills slot s of the cache."""
+        assert batch.num_sequences == cache.num_slots
+        cache.aim(batch.sequence, batch.positions, batch.longest)
+        with self._eager():
+            hidden_TD = self._run(batch.tokens, self._packed(batch, cache), adapter)
+        ends_S = batch.starts[1:].long()
+        cache.advance(ends_S - batch.starts[:-1])
+        return self._logits(hidden_TD[ends_S - 1], adapter)
+
+    @torch.no_grad()
+    def decode(self, tokens_S: Int[Tensor, " S"], cache: Cache, adapter: str | None = None) -> Float[Tensor, "S V"]:
+        """The logits after one more token in each slot."""
+        cache.aim_next()
+        with self._eager():
+            hidden_SD = self._run(tokens_S, Pass(self._tables(cache.lengths_S), None, cache), adapter)
+        cache.advance(cache.lengths_S + 1)
+        return self._logits(hidden_SD, adapter)
+
+    def compile_blocks(self) -> None:
+        """Compile the decoder block; blocks of one kind share what is compiled."""
+        padded = self._padded()
+        for layer in self.model.layers:
+            if padded:
+                # Padded rows differ from batch to batch: as part of the graph they would compile it anew for each.
+                attention = cast(SelfAttention, layer.self_attn)
+                attention.attend = cast(Attend, torch.compiler.disable(attention.attend))
+            layer.compile()
+        self.compiled = True
+
+    def _run(self, tokens_T: Tensor, given: Pass, adapter: str | None) -> Tensor:
+        hidden_TD = self.model.embed_tokens(tokens_T, self.dtype)
+        for layer in self.model.layers:
+            if self.checkpointing and torch.is_grad_enabled():
+                hidden_TD = checkpoint(layer, hidden_TD, given, adapter, use_reentrant=False)
+            else:
+                hidden_TD = layer(hidden_TD, given, adapter)
+        return self.model.norm(hidden_TD)
+
+    def _packed(self, batch: Batch, cache: Cache | None = None) -> Pass:
+        return Pass(self._tables(batch.positions), packed_layout(batch, self._padded()), cache)
+
+    def _padded(self) -> bool:
+        return wants_padding(self.device, self.dtype, self.config.head_dim, self.config.attention_softcap)
+
+    def _tables(self, positions_T: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        return tuple(rotary_table(positions_T, rope.frequencies, rope.scale) for rope in self.config.ropes)
+
+    def _logits(self, hidden_KD: Tensor, adapter: str | None) -> Tensor:
+        if adapter is not None and adapter in self.lm_head.adapters:
+            return soft_cap(self.lm_head(hidden_KD, adapter).float(), self.config.final_softcap)
+        return head_logits(hidden_KD, self.lm_head.weight.dense(hidden_KD.dtype), self.config.final_softcap)
+
+    def _score_rows(self, hidden_KD: Tensor, targets_K: Tensor, adapter: str | None) -> tuple[Tensor, Tensor]:
+        if adapter is None or adapter not in self.lm_head.adapters:
+            head_VD = self.lm_head.weight.dense(hidden_KD.dtype)
+            return target_log_probs(hidden_KD, head_VD, targets_K, self.config.final_softcap)
+        parts = [
+            checkpoint(self._score_adapted, hidden_KD[rows], targets_K[rows], adapter, use_reentrant=False)
+            for rows in chunk_rows(len(targets_K), self.config.vocab_size, hidden_KD.device)
+        ]
+        log_probs = [targets_K[:0].float(), *(part[0] for part in parts)]
+        return torch.cat(log_probs), torch.cat([targets_K[:0].bool(), *(part[1] for part in parts)])
+
+    def _score_adapted(self, hidden_KD: Tensor, targets_K: Tensor, adapter: str) -> tuple[Tensor, Tensor]:
+        """The same for a head with an adapter, a few rows at a time."""
+        logits_KV = self._logits(hidden_KD, adapter)
+        log_probs_K = logits_KV.log_softmax(-1).gather(1, targets_K[:, None])[:, 0]
+        return log_probs_K, logits_KV.argmax(-1) == targets_K
+
+    def _eager(self) -> AbstractContextManager[object]:
+        """Generation runs uncompiled: its shapes change with every token."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+
+
+def _share(embedding: nn.Parameter) -> Dense:
+    """A stored weight that is the embedding matrix itself: one parameter, used twice."""
+    stored = Dense(embedding.detach(), embedding.requires_grad)
+    stored.weight = embedding
+    return stored

@@ -1,0 +1,1 @@
+"""Tensor maths: the reference in plain PyTorch, then the choice of kernel."""

@@ -1,0 +1,194 @@
+"""Causal attention over packed sequences, and over a cache; rotary embeddings.
+
+Three ways to the same numbers: `varlen_attn` (FlashAttention) for packed half-precision tensors on the GPU; elsewhere
+the sequences are laid into padded rows, where causality alone keeps the padding on the right out of every score.
+"""
+
+import functools
+import inspect
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from burnish.ops.pointwise import soft_cap
+from burnish.types import Batch
+
+GROUP_RATIO = 0.6
+"""Sequences at least so long, relative to the longest of their group, are padded to it rather than grouped apart."""
+
+
+class Group(NamedTuple):
+    """Rows of one padded length in the padded layout: `num_rows` · `length` places from `offset` on."""
+
+    offset: int
+    num_rows: int
+    length: int
+
+
+class Layout(NamedTuple):
+    """Where packed sequences stand for attention: made once per forward pass, used by every block."""
+
+    starts: Int[Tensor, " S+1"]
+    longest: int
+    """A bound on the longest sequence; rounded up, so that compiled code sees few different values."""
+    place: Int[Tensor, " T"] | None
+    """Where each position goes in the padded layout; None if it is there already, or if there is none."""
+    groups: tuple[Group, ...]
+    padded: bool
+    """Whether `attention` goes through padded rows; else a variable-length kernel does the work."""
+
+
+def packed_layout(batch: Batch, padded: bool) -> Layout:
+    """How `attention` will read the batch; `padded` for everything but variable-length kernels."""
+    if not padded:
+        return Layout(batch.starts, 1 << (batch.longest - 1).bit_length(), None, (), padded)
+    starts = batch.starts.tolist()
+    lengths = [end - start for start, end in itertools.pairwise(starts)]
+    if len(set(lengths)) == 1:
+        return Layout(batch.starts, batch.longest, None, (Group(0, len(lengths), lengths[0]),), padded)
+    groups, offsets = _group_rows(lengths)
+    first_place_S = torch.tensor(offsets, device=batch.positions.device)
+    return Layout(batch.starts, batch.longest, first_place_S[batch.sequence] + batch.positions, groups, padded)
+
+
+def wants_padding(device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None) -> bool:
+    """Whether attention of this kind is out of reach of the variable-length kernels."""
+    kernel = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0
+    return not kernel or head_dim > 256 or softcap is not None
+
+
+def attention(
+    q_THC: Float[Tensor, "T H C"],
+    k_TGC: Float[Tensor, "T G C"],
+    v_TGC: Float[Tensor, "T G C"],
+    layout: Layout,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Float[Tensor, "T H C"]:
+    """softmax(scale · q kᵀ) v of each position over its own sequence, up to itself and at most `window` keys back.
+
+    `softcap` bends the scores by cap · tanh(score / cap) first. Each key-value head serves H / G query heads.
+    """
+    if not layout.padded:
+        return _varlen(q_THC, k_TGC, v_TGC, layout, scale, window)
+    q, k, v = (_into_rows(x, layout) for x in (q_THC, k_TGC, v_TGC))
+    outputs: list[Tensor] = []
+    for offset, num_rows, length in layout.groups:
+        rows = slice(offset, offset + num_rows * length)
+        q_SHLC, k_SGLC, v_SGLC = (x[rows].view(num_rows, length, -1, x.shape[-1]).transpose(1, 2) for x in (q, k, v))
+        out_SHLC = _padded(q_SHLC, k_SGLC, v_SGLC, scale, window, softcap)
+        outputs.append(out_SHLC.transpose(1, 2).reshape(num_rows * length, *q_THC.shape[1:]))
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return out if layout.place is None else out.index_select(0, layout.place)
+
+
+def cached_attention(
+    q_SHC: Float[Tensor, "S H C"],
+    k_SGMC: Float[Tensor, "S G M C"],
+    v_SGMC: Float[Tensor, "S G M C"],
+    seen_SM: Bool[Tensor, "S M"],
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Tensor, "S H C"]:
+    """Attention of one new query per slot over the cached keys that `seen_SM` allows."""
+    num_slots, num_heads, width = q_SHC.shape
+    # The query heads that share a key-value head stand where queries at several positions would: no key is copied.
+    q = q_SHC.view(num_slots, k_SGMC.shape[1], -1, width)
+    out = _masked(q, k_SGMC, v_SGMC, seen_SM[:, None, None], scale, softcap)
+    return out.reshape(num_slots, num_heads, width)
+
+
+def rotary_table(
+    positions_T: Int[Tensor, " T"], frequencies: Sequence[float], scale: float = 1.0
+) -> tuple[Float[Tensor, "T C/2"], Float[Tensor, "T C/2"]]:
+    """(cos, sin) of position · frequency in fp32, both times `scale`."""
+    angles = positions_T[:, None].float() * torch.tensor(frequencies, dtype=torch.float32, device=positions_T.device)
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def rotate(
+    x_THC: Float[Tensor, "T H C"], table: tuple[Float[Tensor, "T c"], Float[Tensor, "T c"]]
+) -> Float[Tensor, "T H C"]:
+    """x with its pairs (i, i + c) turned by the table's angles (Su et al. 2021); channels from 2c on are left alone."""
+    cos, sin = (part[:, None, :] for part in table)
+    half = cos.shape[-1]
+    first, second, rest = x_THC[..., :half].float(), x_THC[..., half : 2 * half].float(), x_THC[..., 2 * half :]
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_THC.dtype)
+    return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
+
+
+def _group_rows(lengths: list[int]) -> tuple[tuple[Group, ...], list[int]]:
+    """Groups of similar length, longest first, and the first place of each sequence in the padded layout."""
+    order = sorted(range(len(lengths)), key=lambda s: -lengths[s])
+    groups: list[Group] = []
+    offsets = [0] * len(lengths)
+    for s in order:
+        if not groups or lengths[s] < GROUP_RATIO * groups[-1].length:
+            end = groups[-1].offset + groups[-1].num_rows * groups[-1].length if groups else 0
+            groups.append(Group(end, 0, lengths[s]))
+        offset, num_rows, length = groups[-1]
+        offsets[s] = offset + num_rows * length
+        groups[-1] = Group(offset, num_rows + 1, length)
+    return tuple(groups), offsets
+
+
+def _into_rows(x: Tensor, layout: Layout) -> Tensor:
+    if layout.place is None:
+        return x
+    offset, num_rows, length = layout.groups[-1]
+    return x.new_zeros(offset + num_rows * length, *x.shape[1:]).index_copy(0, layout.place, x)
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
+    """[S, H, L, C] rows; what a row holds beyond its sequence is later than all of it, so causality hides it."""
+    length, num_groups = q.shape[2], q.shape[1] // k.shape[1]
+    if softcap is None and (window is None or window >= length):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=num_groups > 1)
+    place = torch.arange(length, device=q.device)
+    back_LL = place[:, None] - place
+    seen_LL = (back_LL >= 0) & (back_LL < (length if window is None else window))
+    if softcap is not None and num_groups > 1:
+        k, v = k.repeat_interleave(num_groups, 1), v.repeat_interleave(num_groups, 1)
+    return _masked(q, k, v, seen_LL, scale, softcap)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float | None) -> Tensor:
+    if softcap is None:
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=grouped)
+    scores = soft_cap(q @ k.transpose(-1, -2) * scale, softcap)
+    return torch.where(seen, scores, float("-inf")).softmax(-1, dtype=_wide(q)).to(v.dtype) @ v
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    num_groups = q.shape[1] // k.shape[1]
+    grouped: dict[str, Any] = {}
+    if num_groups > 1 and _varlen_groups():
+        grouped["enable_gqa"] = True
+    elif num_groups > 1:
+        k, v = k.repeat_interleave(num_groups, 1), v.repeat_interleave(num_groups, 1)
+    sides = (-1 if window is None else window - 1, 0)
+    starts, longest = layout.starts, layout.longest
+    out = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=sides, **grouped)
+    assert isinstance(out, Tensor)
+    return out
+
+
+@functools.cache
+def _varlen_groups() -> bool:
+    """Whether this PyTorch's variable-length attention shares key-value heads by itself."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters

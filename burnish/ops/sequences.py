@@ -1,0 +1,25 @@
+"""Numbers per position made into numbers per sequence."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from burnish.types import Batch
+
+
+def sequence_sums(values_T: Float[Tensor, " T"], batch: Batch) -> Float[Tensor, " S"]:
+    """The sum of the values of each sequence."""
+    sums_S = torch.zeros(batch.num_sequences, dtype=values_T.dtype, device=values_T.device)
+    return sums_S.index_add(0, batch.sequence, values_T)
+
+
+def sequence_means(values_T: Float[Tensor, " T"], weights_T: Float[Tensor, " T"], batch: Batch) -> Float[Tensor, " S"]:
+    """The weighted mean of the values of each sequence; 0 where all its weights are 0."""
+    total_S = sequence_sums(weights_T, batch)
+    sum_S = sequence_sums(values_T * weights_T, batch)
+    return torch.where(total_S == 0, 0.0, sum_S / torch.where(total_S == 0, 1.0, total_S))
+
+
+def sequence_last(values_T: Float[Tensor, "T ..."], batch: Batch) -> Float[Tensor, "S ..."]:
+    """The value at the last position of each sequence."""
+    return values_T[batch.starts[1:].long() - 1]
