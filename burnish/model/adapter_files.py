@@ -19,7 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from burnish.files import written_aside
-from burnish.model.adapters import IA3, Adapter, AdapterSpec, DoRA, LoRA, adapter_layers, add_adapter, linear_layers
+from burnish.model.adapters import (
+    HEAD,
+    IA3,
+    Adapter,
+    AdapterSpec,
+    DoRA,
+    LoRA,
+    adapter_layers,
+    add_adapter,
+    linear_layers,
+)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -47,29 +57,42 @@ def load_adapter(
 ) -> AdapterSpec:
     """Add the adapter in a PEFT folder to the model under `name`; its spec, with the layers in full.
 
-    Raises ValueError, and leaves the model as it was, for an option that is not supported, and for a tensor that is
-    missing, unexpected, misshapen or not finite; and, where `base` is given, for an adapter of a model with another name.
+    Raises ValueError, and leaves the model as it was, for what `read_adapter` refuses.
+    """
+    layers = linear_layers(model)
+    spec, parts = read_adapter(folder, {path: layer.shape for path, layer in layers.items()}, base)
+    # A generator of its own: what is drawn here is overwritten at once, and must not move the run's random state.
+    add_adapter(model, name, spec, torch.Generator())
+    for path, adapter in adapter_layers(model, name).items():
+        fill_adapter(adapter, parts[path], trainable)
+    return spec
+
+
+def read_adapter(
+    folder: Path, shapes: Mapping[str, tuple[int, int]], base: str | None = None
+) -> tuple[AdapterSpec, dict[str, dict[str, Tensor]]]:
+    """What a PEFT folder holds for a model whose linear layers have these shapes: the spec, and each layer's tensors.
+
+    Raises ValueError for an option that is not supported, and for a tensor that is missing, unexpected, misshapen or
+    not finite; where `base` is given, for an adapter of a model of another name too.
     """
     config = read_adapter_config(folder)
     trained_on = config.get("base_model_name_or_path") or "a base that it does not name"
     if base is not None and config.get("base_model_name_or_path") and _last(trained_on) != _last(base):
         raise ValueError(f"{folder} is an adapter of {trained_on}, not of {base}: give the model it was trained on")
-    layers = linear_layers(model)
-    spec = spec_from_peft(config, list(layers), folder / CONFIG_FILE)
-    wanted = {
-        f"{_PREFIX}{path}.{key}": shape
-        for path in spec.targets
-        for key, shape in _shapes(spec, path, layers[path].shape).items()
-    }
-    tensors = _read_tensors(folder / WEIGHTS_FILE, wanted, trained_on)
-    # A generator of its own: what is drawn here is overwritten at once, and must not move the run's random state.
-    add_adapter(model, name, spec, torch.Generator())
-    for path, adapter in adapter_layers(model, name).items():
-        for key, attribute in _TENSORS[spec.kind].items():
-            parameter: nn.Parameter = getattr(adapter, attribute)
-            parameter.data.copy_(tensors[f"{_PREFIX}{path}.{key}"].reshape(parameter.shape))
-            parameter.requires_grad_(trainable)
-    return spec
+    spec = spec_from_peft(config, list(shapes), folder / CONFIG_FILE)
+    wanted = {path: _shapes(spec, path, shapes[path]) for path in spec.targets}
+    flat = {f"{_PREFIX}{path}.{key}": shape for path, keys in wanted.items() for key, shape in keys.items()}
+    found = _read_tensors(folder / WEIGHTS_FILE, flat, trained_on)
+    return spec, {path: {key: found[f"{_PREFIX}{path}.{key}"] for key in keys} for path, keys in wanted.items()}
+
+
+def fill_adapter(adapter: Adapter, parts: Mapping[str, Tensor], trainable: bool = False) -> None:
+    """Give an adapter's part in one layer the values that `read_adapter` found for it."""
+    for key, attribute in _TENSORS[adapter.kind].items():
+        parameter: nn.Parameter = getattr(adapter, attribute)
+        parameter.data.copy_(parts[key].reshape(parameter.shape))
+        parameter.requires_grad_(trainable)
 
 
 def to_peft(
@@ -77,21 +100,22 @@ def to_peft(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """An adapter as PEFT's (config, tensors), without its name in either."""
     kind = next(iter(layers.values())).kind
-    config = {
+    targets = _short_names(list(layers), all_layers)
+    config: dict[str, Any] = {
         "auto_mapping": None,
         "base_model_name_or_path": base,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "modules_to_save": None,
         "revision": None,
-        "target_modules": _short_names(list(layers), all_layers),
+        "target_modules": targets,
         "task_type": "CAUSAL_LM",
     }
     factors = dict.fromkeys(layers, 1.0)
     if kind == "ia3":
         inward = [path for path, adapter in layers.items() if isinstance(adapter, IA3) and adapter.on_input]
         feedforward = _short_names(inward, all_layers)
-        if not set(feedforward) <= set(config["target_modules"]):  # PEFT refuses a config where it is no subset
+        if not set(feedforward) <= set(targets):  # PEFT refuses a config where it is no subset
             feedforward, config["target_modules"] = sorted(inward), sorted(layers)
         config |= {"peft_type": "IA3", "feedforward_modules": feedforward, "init_ia3_weights": True}
     else:
@@ -142,6 +166,7 @@ def spec_from_peft(config: Mapping[str, Any], all_layers: list[str], file: Path)
     if not targets:
         raise ValueError(f"{file}: target_modules={config['target_modules']} names no layer that can carry an adapter")
     if config["peft_type"] == "IA3":
+        # PEFT takes endings here without regard to dots; the difference shows in no model that we read.
         inward = _layers_of(config.get("feedforward_modules") or [], targets)
         return AdapterSpec(kind="ia3", targets=tuple(targets), feedforward=tuple(inward))
     spec = AdapterSpec(
@@ -245,7 +270,7 @@ def _layers_of(names: str | list[str], layers: Iterable[str]) -> list[str]:
     """The layers that PEFT would take a `target_modules` for: all of them, a regular expression, or endings."""
     if isinstance(names, str):
         if names.lower() == "all-linear":
-            return list(layers)
+            return [path for path in layers if path != HEAD]
         return [path for path in layers if re.fullmatch(names, path)]
     return [path for path in layers if any(path == name or path.endswith(f".{name}") for name in names)]
 
@@ -263,11 +288,12 @@ _TENSORS = {
 }
 """What PEFT calls the parameters of each kind of adapter."""
 
-_UNDERSTOOD = frozenset(
-    "alpha_pattern auto_mapping base_model_name_or_path feedforward_modules inference_mode init_ia3_weights "
-    "init_lora_weights lora_alpha lora_dropout megatron_core peft_type peft_version qalora_group_size r rank_pattern "
-    "revision target_modules task_type use_dora use_rslora".split()
-)
+_UNDERSTOOD = {
+    *("alpha_pattern", "lora_alpha", "lora_dropout", "r", "rank_pattern", "use_dora", "use_rslora"),
+    *("feedforward_modules", "init_ia3_weights", "init_lora_weights", "peft_type", "target_modules"),
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
+    *("megatron_core", "qalora_group_size"),
+}
 """Options that are read, or that say nothing about what the adapter computes."""
 
 _NEUTRAL: tuple[Any, ...] = (None, False, "none", {}, [])

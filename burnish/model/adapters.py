@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from burnish.model.linear import Linear, Stored
 
+HEAD = "lm_head"
+"""The layer that only its own name targets: `all-linear` leaves it out."""
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
@@ -34,8 +37,8 @@ class AdapterSpec:
     dropout: float = 0.0
     """On what the low-rank update reads, in training."""
     targets: str | tuple[str, ...] = "auto"
-    """`all-linear`, a list of layer names or endings, or a regular expression that a whole name matches. `auto` is
-    `all-linear` for LoRA and DoRA, and for IA³ the keys, values and the MLP's inner activations."""
+    """`all-linear` (but the head), a list of layer names or endings, or a regular expression that a whole name
+    matches. `auto` is `all-linear` for LoRA and DoRA, and for IA³ the keys, values and the MLP's inner activations."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
     """Ranks of single layers: an ending of their names, or a regular expression for it; the first match counts."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -223,9 +226,8 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
-    """The layers that can carry adapters, by name: every Linear but the head, in the order of the model."""
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, Linear)}
-    return {path: layer for path, layer in layers.items() if path.rsplit(".", 1)[-1] != "lm_head"}
+    """The layers that can carry adapters, by name, in the order of the model."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Linear)}
 
 
 def select_targets(paths: list[str], spec: AdapterSpec) -> list[str]:
@@ -246,7 +248,7 @@ def _chosen(paths: list[str], targets: str | tuple[str, ...]) -> list[str]:
         raise ValueError("adapter.targets is empty: write all-linear or the names of layers")
     if isinstance(targets, str):
         if targets in ("auto", "all-linear"):
-            return paths
+            return [path for path in paths if path != HEAD]
         expression = _compiled(targets, "adapter.targets")
         chosen = [path for path in paths if expression.fullmatch(path)]
         if not chosen:
@@ -278,8 +280,6 @@ def _compiled(expression: str, place: str) -> re.Pattern[str]:
 
 def _nearest(target: str, paths: list[str]) -> str:
     """What the target may have meant, as the end of a message."""
-    if target.rsplit(".", 1)[-1] == "lm_head":
-        return ": the head takes no adapter"
     endings = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
     close = difflib.get_close_matches(target, paths if "." in target else endings, n=1, cutoff=0.4)
     return f"; did you mean '{close[0]}'?" if close else f"; the layers are {', '.join(endings)}"
