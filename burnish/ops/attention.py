@@ -8,6 +8,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,30 +31,28 @@ class Group(NamedTuple):
     length: int
 
 
+@dataclass(slots=True, eq=False)
+class Rows:
+    """The padded layout of a batch. Not a tuple: compiled code would look into it and be made anew for every batch."""
+
+    place: Int[Tensor, " T"] | None
+    """Where each position goes; None if it is there already."""
+    groups: tuple[Group, ...]
+
+
 class Layout(NamedTuple):
     """Where packed sequences stand for attention: made once per forward pass, used by every block."""
 
     starts: Int[Tensor, " S+1"]
     longest: int
-    """A bound on the longest sequence; rounded up, so that compiled code sees few different values."""
-    place: Int[Tensor, " T"] | None
-    """Where each position goes in the padded layout; None if it is there already, or if there is none."""
-    groups: tuple[Group, ...]
-    padded: bool
-    """Whether `attention` goes through padded rows; else a variable-length kernel does the work."""
+    """A bound on the longest sequence: a power of two, so that compiled code sees few different values."""
+    rows: Rows | None
+    """How to pad; None where a variable-length kernel does the work."""
 
 
 def packed_layout(batch: Batch, padded: bool) -> Layout:
     """How `attention` will read the batch; `padded` for everything but variable-length kernels."""
-    if not padded:
-        return Layout(batch.starts, 1 << (batch.longest - 1).bit_length(), None, (), padded)
-    starts = batch.starts.tolist()
-    lengths = [end - start for start, end in itertools.pairwise(starts)]
-    if len(set(lengths)) == 1:
-        return Layout(batch.starts, batch.longest, None, (Group(0, len(lengths), lengths[0]),), padded)
-    groups, offsets = _group_rows(lengths)
-    first_place_S = torch.tensor(offsets, device=batch.positions.device)
-    return Layout(batch.starts, batch.longest, first_place_S[batch.sequence] + batch.positions, groups, padded)
+    return Layout(batch.starts, 1 << (batch.longest - 1).bit_length(), _padded_rows(batch) if padded else None)
 
 
 def wants_padding(device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None) -> bool:
@@ -75,17 +74,17 @@ def attention(
 
     `softcap` bends the scores by cap · tanh(score / cap) first. Each key-value head serves H / G query heads.
     """
-    if not layout.padded:
+    if layout.rows is None:
         return _varlen(q_THC, k_TGC, v_TGC, layout, scale, window)
-    q, k, v = (_into_rows(x, layout) for x in (q_THC, k_TGC, v_TGC))
+    q, k, v = (_into_rows(x, layout.rows) for x in (q_THC, k_TGC, v_TGC))
     outputs: list[Tensor] = []
-    for offset, num_rows, length in layout.groups:
+    for offset, num_rows, length in layout.rows.groups:
         rows = slice(offset, offset + num_rows * length)
         q_SHLC, k_SGLC, v_SGLC = (x[rows].view(num_rows, length, -1, x.shape[-1]).transpose(1, 2) for x in (q, k, v))
         out_SHLC = _padded(q_SHLC, k_SGLC, v_SGLC, scale, window, softcap)
         outputs.append(out_SHLC.transpose(1, 2).reshape(num_rows * length, *q_THC.shape[1:]))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return out if layout.place is None else out.index_select(0, layout.place)
+    return out if layout.rows.place is None else out.index_select(0, layout.rows.place)
 
 
 def cached_attention(
@@ -123,6 +122,15 @@ def rotate(
     return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
 
 
+def _padded_rows(batch: Batch) -> Rows:
+    lengths = [end - start for start, end in itertools.pairwise(batch.starts.tolist())]
+    if len(set(lengths)) == 1:
+        return Rows(None, (Group(0, len(lengths), lengths[0]),))
+    groups, offsets = _group_rows(lengths)
+    first_place_S = torch.tensor(offsets, device=batch.positions.device)
+    return Rows(first_place_S[batch.sequence] + batch.positions, groups)
+
+
 def _group_rows(lengths: list[int]) -> tuple[tuple[Group, ...], list[int]]:
     """Groups of similar length, longest first, and the first place of each sequence in the padded layout."""
     order = sorted(range(len(lengths)), key=lambda s: -lengths[s])
@@ -138,11 +146,11 @@ def _group_rows(lengths: list[int]) -> tuple[tuple[Group, ...], list[int]]:
     return tuple(groups), offsets
 
 
-def _into_rows(x: Tensor, layout: Layout) -> Tensor:
-    if layout.place is None:
+def _into_rows(x: Tensor, rows: Rows) -> Tensor:
+    if rows.place is None:
         return x
-    offset, num_rows, length = layout.groups[-1]
-    return x.new_zeros(offset + num_rows * length, *x.shape[1:]).index_copy(0, layout.place, x)
+    offset, num_rows, length = rows.groups[-1]
+    return x.new_zeros(offset + num_rows * length, *x.shape[1:]).index_copy(0, rows.place, x)
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
