@@ -1,0 +1,181 @@
+"""Charts as SVG text, drawn in the page's own colours: classes `s0` to `s7` are series, the rest is ink and rules."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+
+from burnish.report.units import compact
+
+NUM_STYLES = 8
+"""How many colours and dash patterns the page's stylesheet tells apart."""
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """A line of a chart. Points whose y is not finite are gaps in it."""
+
+    label: str
+    points: tuple[Point, ...]
+    style: int = 0
+    """Which of the page's colours and dash patterns."""
+    faint: bool = False
+    """Drawn behind the others and left out of the description: the raw values under a smoothed line."""
+    dots: bool = False
+    """A dot at each point, for values measured now and then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Where data lies in the picture."""
+
+    width: float
+    height: float
+    left: float
+    x: tuple[float, float]
+    y: tuple[float, float]
+
+    TOP, BOTTOM, RIGHT = 10.0, 34.0, 12.0
+
+    def place(self, point: Point) -> Point:
+        """Data to picture."""
+        (low_x, high_x), (low_y, high_y) = self.x, self.y
+        across, up = (point[0] - low_x) / (high_x - low_x), (point[1] - low_y) / (high_y - low_y)
+        right, bottom = self.width - self.RIGHT, self.height - self.BOTTOM
+        return self.left + across * (right - self.left), bottom - up * (bottom - self.TOP)
+
+
+def line_chart(
+    series: Sequence[Series], title: str, x_label: str = "step", width: float = 400, height: float = 230
+) -> str:
+    """A line chart with axes; the page's legend says which line is whose, a screen reader is told in words.
+
+    One point is drawn as a dot; without any finite point the picture says that there is no data.
+    """
+    finite = [point for line in series for point in line.points if all(map(math.isfinite, point))]
+    head = f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(_describe(series, title))}">'
+    if not finite:
+        middle = f'x="{width / 2:g}" y="{height / 2:g}" text-anchor="middle"'
+        return f"{head}<text {middle}>no data</text></svg>"
+    y_ticks = nice_ticks(min(y for _, y in finite), max(y for _, y in finite), 5)
+    left = 14 + 6.2 * max(len(compact(tick)) for tick in y_ticks)
+    x_low, x_high = min(x for x, _ in finite), max(x for x, _ in finite)
+    spread = (x_low, x_high) if x_high > x_low else (x_low - 0.5, x_high + 0.5)
+    frame = Frame(width, height, left, spread, (y_ticks[0], y_ticks[-1]))
+    x_ticks = [t for t in nice_ticks(x_low, x_high, max(2, int(width / 80))) if x_low <= t <= x_high and t == int(t)]
+    lines = [_line(line, frame) for line in sorted(series, key=lambda line: not line.faint)]
+    return head + _axes(frame, x_ticks, y_ticks, x_label) + "".join(lines) + "</svg>"
+
+
+def bar_chart(bars: Sequence[tuple[str, float]], title: str, x_label: str, width: float = 400, height: float = 150) -> str:
+    """A bar for each (label, count), from left to right; labels are thinned where they would touch."""
+    highest = max((value for _, value in bars), default=0.0)
+    words = f"{title}: " + ", ".join(f"{label}: {compact(value)}" for label, value in bars)
+    head = f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(words)}">'
+    if highest <= 0:
+        return f'{head}<text x="{width / 2:g}" y="{height / 2:g}" text-anchor="middle">no data</text></svg>'
+    ticks = nice_ticks(0, highest, 3)
+    left = 14 + 6.2 * max(len(compact(tick)) for tick in ticks)
+    frame = Frame(width, height, left, (0, len(bars)), (0, ticks[-1]))
+    every = max(1, math.ceil(len(bars) * 6.2 * (max(len(label) for label, _ in bars) + 2) / (width - left)))
+    parts = [_axes(frame, [], ticks, x_label)]
+    for i, (label, value) in enumerate(bars):
+        (x0, bottom), (x1, top) = frame.place((i + 0.08, 0)), frame.place((i + 0.92, value))
+        box = f'x="{_n(x0)}" y="{_n(top)}" width="{_n(x1 - x0)}" height="{_n(bottom - top)}"'
+        parts.append(f'<rect class="bar" {box}><title>{escape(label)}: {compact(value)}</title></rect>')
+        if i % every == 0:
+            parts.append(f'<text x="{_n((x0 + x1) / 2)}" y="{_n(bottom + 14)}" text-anchor="middle">{escape(label)}</text>')
+    return head + "".join(parts) + "</svg>"
+
+
+def nice_ticks(low: float, high: float, target: int) -> list[float]:
+    """About `target` evenly spaced round numbers (1, 2 or 5 times a power of ten) that span low to high."""
+    if high <= low:
+        margin = abs(low) / 2 or 1.0
+        low, high = (0.0, 1.0) if low == 0 else (low - margin, high + margin)
+    rough = (high - low) / target
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    digits = max(0, 1 - math.floor(math.log10(step)))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(k * step, digits) for k in range(first, last + 1)]
+
+
+def smooth(points: Sequence[Point], span: float) -> list[Point]:
+    """The exponential moving average over about `span` points, without bias at the start; gaps stay gaps."""
+    keep = 1 - 1 / max(1.0, span)
+    total = weight = 0.0
+    found: list[Point] = []
+    for x, y in points:
+        if math.isfinite(y):
+            total, weight = keep * total + (1 - keep) * y, keep * weight + (1 - keep)
+            found.append((x, total / weight))
+        else:
+            found.append((x, math.nan))
+    return found
+
+
+def thin(points: Sequence[Point], limit: int) -> list[Point]:
+    """At most `limit` points: the means of equally long stretches, so that a long run does not make a long page."""
+    if len(points) <= limit:
+        return list(points)
+    edges = [len(points) * i // limit for i in range(limit + 1)]
+    found: list[Point] = []
+    for start, stop in zip(edges, edges[1:], strict=False):
+        good = [y for _, y in points[start:stop] if math.isfinite(y)]
+        found.append((points[stop - 1][0], math.fsum(good) / len(good) if good else math.nan))
+    return found
+
+
+def _axes(frame: Frame, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str) -> str:
+    right, bottom = frame.width - frame.RIGHT, frame.height - frame.BOTTOM
+    parts: list[str] = []
+    for tick in y_ticks:
+        y = frame.place((frame.x[0], tick))[1]
+        parts.append(f'<path class="rule" d="M{_n(frame.left)} {_n(y)}H{_n(right)}"/>')
+        parts.append(f'<text x="{_n(frame.left - 6)}" y="{_n(y + 3.5)}" text-anchor="end">{compact(tick)}</text>')
+    for tick in x_ticks:
+        x = frame.place((tick, frame.y[0]))[0]
+        parts.append(f'<path class="tick" d="M{_n(x)} {_n(bottom)}v4"/>')
+        parts.append(f'<text x="{_n(x)}" y="{_n(bottom + 15)}" text-anchor="middle">{compact(tick)}</text>')
+    parts.append(f'<path class="axis" d="M{_n(frame.left)} {_n(bottom)}H{_n(right)}"/>')
+    middle = f'x="{_n((frame.left + right) / 2)}" y="{_n(frame.height - 4)}" text-anchor="middle"'
+    return "".join(parts) + f'<text class="label" {middle}>{escape(x_label)}</text>'
+
+
+def _line(line: Series, frame: Frame) -> str:
+    name = f"s{line.style % NUM_STYLES}" + (" faint" if line.faint else "")
+    path: list[str] = []
+    dots: list[Point] = []
+    for good, stretch in groupby(line.points, key=lambda point: all(map(math.isfinite, point))):
+        if good:
+            placed = list(stretch)
+            xy = [frame.place(point) for point in placed]
+            path.append("M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in xy))
+            dots += placed if line.dots or len(placed) == 1 else []
+    drawn = f'<path class="line {name}" d="{"".join(path)}"/>' if path else ""
+    return drawn + "".join(_dot(point, line.label, name, frame) for point in dots)
+
+
+def _dot(point: Point, label: str, name: str, frame: Frame) -> str:
+    x, y = frame.place(point)
+    title = f"<title>{escape(label)}, {compact(point[0])}: {point[1]:.4g}</title>"
+    return f'<circle class="dot {name}" cx="{_n(x)}" cy="{_n(y)}" r="3">{title}</circle>'
+
+
+def _describe(series: Sequence[Series], title: str) -> str:
+    """The chart in words: where each line starts and ends."""
+    words: list[str] = []
+    for line in series:
+        values = [y for _, y in line.points if math.isfinite(y)]
+        if values and not line.faint:
+            words.append(f"{line.label} from {compact(values[0])} to {compact(values[-1])}")
+    return f"{title}: " + ("; ".join(words) or "no data")
+
+
+def _n(value: float) -> str:
+    """A coordinate to a tenth of a unit, as short as it goes."""
+    return f"{value:.1f}".removesuffix(".0")

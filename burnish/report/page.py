@@ -1,0 +1,119 @@
+"""The report: one HTML page that needs nothing but itself, about one run or several side by side."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+import burnish
+from burnish.data.audit import Audit
+from burnish.report.charts import NUM_STYLES, bar_chart
+from burnish.report.curves import draw_curves
+from burnish.report.folders import RunFolder, labels, read_run
+from burnish.report.settings import flat, side_by_side
+from burnish.report.table import bases, columns
+from burnish.report.units import count, duration, listing, percent
+from burnish.report.verdicts import Model, pair_samples, task_groups
+
+OPEN_SAMPLES = 6
+"""Samples in view; the others unfold."""
+
+HEADLINES = {
+    "eval_exact_match_seen": "Accuracy on held-out prompts of seen families",
+    "eval_exact_match": "Accuracy on held-out prompts",
+    "eval_loss": "Held-out loss",
+}
+"""What the summary reports, the first of these that was measured."""
+
+
+def write_page(folders: Sequence[Path], out: Path, title: str) -> Path:
+    """The path of the page, after writing it. Raises ValueError when one of the folders holds no finished run."""
+    runs = [read_run(folder) for folder in folders]
+    rows = [run.row for run in runs]
+    names = labels(rows)
+    trained = [Model(name, f"s{i % NUM_STYLES}", run.after) for i, (name, run) in enumerate(zip(names, runs, strict=True))]
+    models = [Model(base.label, "base", runs[base.run].before) for base in bases(rows)] + trained
+    row_names, found = columns(rows)
+    html = _environment().get_template("page.html.jinja").render(
+        title=title,
+        summary=summary(runs, names),
+        trained=trained,
+        models=models,
+        row_names=row_names,
+        columns=found,
+        curves=draw_curves(runs, names),
+        tasks=task_groups(models),
+        samples=pair_samples(models),
+        open_samples=OPEN_SAMPLES,
+        audits=_distinct_audits(runs, names),
+        settings=side_by_side([run.config for run in runs]),
+        environment=side_by_side([run.environment for run in runs]),
+        folders=folders,
+        version=burnish.__version__,
+    )
+    out.write_text(html, encoding="utf-8")
+    return out
+
+
+def summary(runs: Sequence[RunFolder], names: Sequence[str]) -> list[str]:
+    """What was done and what came of it: two sentences made of what the files say, where they say it."""
+    sentences: list[str] = []
+    model, data, device = (_shared(runs, name) for name in ("model.path", "data.path", "device"))
+    if model:
+        totals = [total for run in runs if (total := run.row.get("total_parameters"))]
+        size = f" ({count(min(totals))} parameters)" if totals else ""
+        tokens = [run.metrics[-1].get("num_tokens", 0) for run in runs if run.metrics]
+        trained = f", {count(max(tokens))} tokens each" if len(tokens) > 1 else f", {count(sum(tokens))} tokens"
+        times = listing([duration(run.row.get("seconds", 0)) for run in runs])
+        what = listing(list(names)) + f" of {model}{size}" + (f" on {data}" if data else "")
+        sentences.append(f"{what}{trained if any(tokens) else ''}: {times} of training{f' on {device}' if device else ''}.")
+    return sentences + _outcome(runs, names)
+
+
+def _outcome(runs: Sequence[RunFolder], names: Sequence[str]) -> list[str]:
+    """What changed from before to after, by the first headline number that every run has."""
+    starts = bases([run.row for run in runs])
+    for key, words in HEADLINES.items():
+        after = [run.row.get("metrics", {}).get(key) for run in runs]
+        if len(starts) == 1 and None not in after and (before := runs[starts[0].run].row["before"].get(key)) is not None:
+            told = _loss if key == "eval_loss" else percent
+            ends = [f"{told(value)} with {name}" if len(names) > 1 else told(value) for value, name in zip(after, names, strict=True)]
+            return [f"{words}: {told(before)} before, {listing(ends)}{'' if len(names) > 1 else ' after'}."]
+    return []
+
+
+def _shared(runs: Sequence[RunFolder], name: str) -> str | None:
+    """A setting, or a fact of the environment, that all runs have in common."""
+    values = {str(flat({**run.environment, **run.config}).get(name, "")) for run in runs}
+    return values.pop() or None if len(values) == 1 else None
+
+
+def _distinct_audits(runs: Sequence[RunFolder], names: Sequence[str]) -> list[tuple[str, Audit]]:
+    """Each account of the data once, under the names of the runs that it is about (none when about all)."""
+    found: list[tuple[list[str], Audit]] = []
+    for name, run in zip(names, runs, strict=True):
+        same = [members for members, audit in found if audit == run.audit]
+        if same:
+            same[0].append(name)
+        elif run.audit:
+            found.append(([name], run.audit))
+    return [("" if len(members) == len(runs) else listing(members), audit) for members, audit in found]
+
+
+def _histogram(audit: Audit) -> Markup:
+    bars = [(f"{bound:,}", float(number)) for bound, number in audit.lengths.histogram]
+    return Markup(bar_chart(bars, "Sequences by length", "tokens in the sequence, at most"))
+
+
+def _loss(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _environment() -> jinja2.Environment:
+    loader = jinja2.PackageLoader("burnish", "report")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters.update(percent=percent, number="{:,}".format, svg=Markup)
+    environment.globals.update(histogram=_histogram)
+    return environment

@@ -1,0 +1,170 @@
+"""The table that compares runs: its columns, and the table as Markdown."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from burnish.report.folders import Row, labels
+from burnish.report.units import count, duration, percent, signed, size
+
+FULL = "Full fine-tuning"
+BASE = "Base model"
+ABSENT = "–"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column: a cell for each base, then for each run."""
+
+    title: str
+    short: str
+    """The title in Markdown, where width counts."""
+    note: str
+    """What the number is and which way is better, in one sentence."""
+    cells: tuple[str, ...]
+    best: tuple[bool, ...]
+    """Which cells hold the best number among the runs; none when there is only one run, or no better and worse."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What runs started from, as one of them measured it before training."""
+
+    label: str
+    run: int
+    """The run that measured it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    title: str
+    short: str
+    note: str
+    value: Callable[[Row], float | None]
+    text: Callable[[float, Row], str]
+    better: Callable[[Sequence[float]], float] | None = None
+    """`min` or `max`; None where neither is better."""
+
+
+def forgetting(before: Mapping[str, float], after: Mapping[str, float]) -> float | None:
+    """How much the loss on general text rose in training, in nats a token; None when it was not measured."""
+    old, new = before.get("eval_general_loss"), after.get("eval_general_loss")
+    return None if old is None or new is None else new - old
+
+
+def bases(rows: Sequence[Row]) -> list[Base]:
+    """The distinct starting points of the runs.
+
+    Runs share one when their measurements before training agree but for what storing the weights in 4 bits changes:
+    5 % of a loss, 5 points of an accuracy.
+    """
+    found: list[Base] = []
+    for index, row in enumerate(rows):
+        known = [rows[base.run]["before"] for base in found]
+        if row.get("before") and not any(_agree(row["before"], other) for other in known):
+            found.append(Base(BASE, index))
+    if len(found) > 1:
+        names = labels(rows)
+        found = [Base(f"{BASE} of {names[base.run]}", base.run) for base in found]
+    return found
+
+
+def columns(rows: Sequence[Row]) -> tuple[list[str], list[Column]]:
+    """The names of the lines (bases first, then runs) and the columns that at least one line has something for."""
+    starts = bases(rows)
+    lines = [{"metrics": rows[base.run]["before"]} for base in starts] + list(rows)
+    found: list[Column] = []
+    for kind in _kinds(rows):
+        values = [kind.value(line) for line in lines]
+        if any(value is not None for value in values):
+            cells = tuple(ABSENT if v is None else kind.text(v, line) for v, line in zip(values, lines, strict=True))
+            found.append(Column(kind.title, kind.short, kind.note, cells, _best(values, len(starts), kind)))
+    return [base.label for base in starts] + labels(rows), found
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The comparison as a Markdown table whose columns line up in a terminal as well."""
+    names, found = columns(rows)
+    grid = [["method", *(column.short for column in found)]]
+    grid += [[name, *(column.cells[i] for column in found)] for i, name in enumerate(names)]
+    grid = [[cell.replace("|", r"\|").replace("\n", " ") for cell in line] for line in grid]
+    widths = [max(3, *(len(line[i]) for line in grid)) for i in range(len(grid[0]))]
+    lines = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in grid]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
+
+
+def _kinds(rows: Sequence[Row]) -> list[_Kind]:
+    """Every column that there can be, in order."""
+    full = next((row["seconds"] for row in rows if row["method"] == FULL and row.get("seconds")), None)
+    relative = full is not None and len(rows) > 1
+    when = "time (× full)" if relative else "time"
+
+    def time(seconds: float, _: Row) -> str:
+        return duration(seconds) + (f" ({seconds / full:.2f}×)" if relative and full else "")
+
+    def trainable(number: float, row: Row) -> str:
+        total = row.get("total_parameters")
+        return count(number) + (f" ({percent(number / total)})" if total else "")
+
+    return [
+        _Kind("trainable parameters", "trainable", "Weights that training changed, and their share of all weights.", _top("trainable_parameters"), trainable),
+        _Kind("peak memory", "peak memory", "The most memory that tensors held at once in a training step.", _top("peak_memory_bytes"), lambda v, _: size(v), min),
+        _Kind(when, when, "Time spent in training steps.", _top("seconds"), time, min),
+        _Kind("held-out loss", "held-out loss", "Mean loss per token on rows kept out of training, in nats; lower is better.", _metric("eval_loss"), _loss, min),
+        *_accuracies(rows),
+        _Kind("forgetting", "forgetting", "Rise of the loss on general text, in nats a token; 0 is nothing forgotten.", _forgetting, lambda v, _: signed(v), min),
+    ]
+
+
+def _accuracies(rows: Sequence[Row]) -> list[_Kind]:
+    """Accuracy on seen and unseen families where the two were told apart, else over all, else of single tokens."""
+    measured = {name for row in rows for source in ("metrics", "before") for name in row.get(source) or {}}
+    kinds = [
+        _Kind("accuracy, seen families", "seen acc.", "Share of held-out prompts answered right, from families of tasks that were trained on.", _metric("eval_exact_match_seen"), _share, max),
+        _Kind("accuracy, unseen families", "unseen acc.", "Share of prompts answered right, from families of tasks that were never trained on.", _metric("eval_exact_match_unseen"), _share, max),
+    ]
+    if measured & {"eval_exact_match_seen", "eval_exact_match_unseen"}:
+        return kinds
+    if "eval_exact_match" in measured:
+        return [_Kind("held-out accuracy", "accuracy", "Share of held-out prompts answered right.", _metric("eval_exact_match"), _share, max)]
+    return [_Kind("token accuracy", "token acc.", "Share of held-out tokens that the model would have picked.", _metric("eval_mean_token_accuracy"), _share, max)]
+
+
+def _best(values: Sequence[float | None], num_bases: int, kind: _Kind) -> tuple[bool, ...]:
+    runs = [v for v in values[num_bases:] if v is not None and math.isfinite(v)]
+    if kind.better is None or len(runs) < 2:
+        return (False,) * len(values)
+    best = kind.better(runs)
+    return tuple(i >= num_bases and v == best for i, v in enumerate(values))
+
+
+def _agree(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    for name in one.keys() & other.keys():
+        a, b = one[name], other[name]
+        if name.endswith("loss") and abs(a - b) > 0.05 * max(abs(a), abs(b)):
+            return False
+        if "exact_match" in name and abs(a - b) > 0.05:
+            return False
+    return True
+
+
+def _top(name: str) -> Callable[[Row], float | None]:
+    return lambda row: row.get(name)
+
+
+def _metric(name: str) -> Callable[[Row], float | None]:
+    return lambda row: (row.get("metrics") or {}).get(name)
+
+
+def _forgetting(row: Row) -> float | None:
+    return forgetting(row.get("before") or {}, row.get("metrics") or {})
+
+
+def _loss(value: float, _: Any) -> str:
+    return f"{value:.3f}"
+
+
+def _share(value: float, _: Any) -> str:
+    return f"{100 * value:.1f}%"
