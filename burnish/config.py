@@ -23,20 +23,20 @@ class Settings(BaseModel):
 class ModelSettings(Settings):
     """Which model, and how its weights are kept."""
 
-    path: str = Field("embedded", description="A folder in Hugging Face layout, a hub id, or `embedded`.")
-    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    path: str = Field(default="embedded", description="A folder in Hugging Face layout, a hub id, or `embedded`.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
     storage: Literal["auto", "full", "bf16", "fp32", "nf4"] = Field(
-        "auto",
+        default="auto",
         description="How the base weights are kept: `full` trains them (fp32), `bf16` and `fp32` freeze them, "
         "`nf4` freezes them in 4 bits. `auto` is `full` without an adapter, else `bf16`.",
     )
     init: Literal["weights", "random"] = Field(
-        "weights",
+        default="weights",
         description="`random`: fresh weights from the folder's config.json alone, for pre-training and benchmarks.",
     )
-    double_quant: bool = Field(True, description="With nf4, keep the scales of the blocks in 8 bits as well.")
+    double_quant: bool = Field(default=True, description="With nf4, keep the scales of the blocks in 8 bits as well.")
     template: str = Field(
-        "auto",
+        default="auto",
         description="The chat template: `auto` is the tokenizer's own; `chatml`, `alpaca`, `vicuna`, or a .jinja file.",
     )
 
@@ -45,14 +45,14 @@ class TrainedModelSettings(Settings):
     """A model to use: a base, and what was trained on it."""
 
     path: str | None = Field(
-        None, description="A model folder, run folder, hub id or `embedded`; none: the adapter's base."
+        default=None, description="A model folder, run folder, hub id or `embedded`; none: the adapter's base."
     )
-    adapter: str | None = Field(None, description="An adapter folder in PEFT's layout, or the folder of a run.")
-    storage: Literal["bf16", "fp32", "nf4"] = Field("bf16", description="How the base weights are kept.")
-    template: str = Field("auto", description="The chat template, as in training.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` is cuda where there is one.")
+    adapter: str | None = Field(default=None, description="An adapter folder in PEFT's layout, or the folder of a run.")
+    storage: Literal["bf16", "fp32", "nf4"] = Field(default="bf16", description="How the base weights are kept.")
+    template: str = Field(default="auto", description="The chat template, as in training.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto` is cuda where there is one.")
     dtype: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="Of activations; `auto`: bf16 on cuda, fp32 on cpu."
+        default="auto", description="Of activations; `auto`: bf16 on cuda, fp32 on cpu."
     )
 
 
@@ -60,14 +60,17 @@ class AdapterSettings(Settings):
     """The small trained weights beside a frozen base."""
 
     kind: Literal["auto", "none", "lora", "dora", "ia3"] = Field(
-        "auto", description="Which adapter to train. `auto` is `none` when model.storage is `full`, else `lora`."
+        default="auto",
+        description="Which adapter to train. `auto` is `none` when model.storage is `full`, else `lora`.",
     )
-    rank: int = Field(16, ge=1, description="Rank r of the update B·A.")
-    alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / rank.")
-    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    rank: int = Field(default=16, ge=1, description="Rank r of the update B·A.")
+    alpha: float = Field(default=32.0, gt=0, description="The update is scaled by alpha / rank.")
+    rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     targets: str | tuple[str, ...] = Field(
-        "all-linear", description="`all-linear`, a list of layer names or name endings, or one regular expression."
+        default="auto",
+        description="`all-linear`, a list of layer names or name endings, or one regular expression. `auto` is "
+        "`all-linear`, but k_proj, v_proj and down_proj for ia3.",
     )
     rank_pattern: dict[str, int] = Field(
         default_factory=dict, description="Ranks of single layers: name ending or regular expression -> rank."
@@ -78,87 +81,98 @@ class DataSettings(Settings):
     """Which rows, how they are read, and what of them is trained on."""
 
     path: str | tuple[str, ...] = Field(
-        "embedded", description="JSONL, JSON or Parquet files, a hub dataset id, or `embedded`; a list is joined."
+        default="embedded",
+        description="JSONL, JSON or Parquet files, a hub dataset id, or `embedded`; a list is joined.",
     )
     format: str = Field(
-        "auto", description="`auto` recognises it from the rows; `burnish data audit --help` lists them."
+        default="auto", description="`auto` recognises it from the rows; `burnish data audit --help` lists them."
     )
-    split: str = Field("train", description="The split of a hub dataset.")
+    split: str = Field(default="train", description="The split of a hub dataset.")
     train_on: Literal["all_assistant", "last_assistant", "everything"] = Field(
-        "all_assistant", description="Which turns of a conversation count in the loss."
+        default="all_assistant", description="Which turns of a conversation count in the loss."
     )
-    max_length: int = Field(2048, ge=2, description="The longest sequence, in tokens.")
+    max_length: int = Field(default=2048, ge=2, description="The longest sequence, in tokens.")
     too_long: Literal["drop", "split", "error"] = Field(
-        "drop", description="What becomes of a longer one. Nothing is ever cut silently; the audit counts them."
+        default="drop", description="What becomes of a longer one. Nothing is ever cut silently; the audit counts them."
     )
     repair: bool = Field(
-        True, description="Repair known dirt by named, counted rules; without it such rows are dropped."
+        default=True, description="Repair known dirt by named, counted rules; without it such rows are dropped."
     )
-    allow_untrained: bool = Field(False, description="Drop rows without a token to train on instead of stopping.")
-    limit: int | None = Field(None, ge=1, description="Read at most so many rows.")
+    allow_untrained: bool = Field(
+        default=False, description="Drop rows without a token to train on instead of stopping."
+    )
+    limit: int | None = Field(default=None, ge=1, description="Read at most so many rows.")
 
 
 class EvaluateSettings(Settings):
     """What is measured besides the training loss."""
 
-    path: str | None = Field(None, description="Held-out rows in any format of data.path; none: a share of data.path.")
-    fraction: float = Field(0.05, ge=0, lt=1, description="The share of data.path held out when evaluate.path is none.")
-    every: int = Field(0, ge=0, description="Evaluate every so many steps; 0: at the end only.")
-    prompts: int = Field(0, ge=0, description="Held-out rows to answer by generation and grade by exact match.")
-    general: str | None = Field(None, description="Text whose loss is measured before and after: forgetting.")
+    path: str | None = Field(
+        default=None, description="Held-out rows in any format of data.path; none: a share of data.path."
+    )
+    fraction: float = Field(
+        default=0.05, ge=0, lt=1, description="The share of data.path held out when evaluate.path is none."
+    )
+    every: int = Field(default=0, ge=0, description="Evaluate every so many steps; 0: at the end only.")
+    prompts: int = Field(default=0, ge=0, description="Held-out rows to answer by generation and grade by exact match.")
+    general: str | None = Field(default=None, description="Text whose loss is measured before and after: forgetting.")
 
 
 class OptimSettings(Settings):
     """AdamW and its learning rate."""
 
     lr: float | None = Field(
-        None, ge=0, description="Peak learning rate; none: 2e-5 for full weights, 2e-4 for adapters."
+        default=None, ge=0, description="Peak learning rate; none: 2e-5 for full weights, 2e-4 for adapters."
     )
     schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
-        "cosine",
+        default="cosine",
         description="Shape after warm-up; `wsd` is constant, then linear to 0 over the last `decay` of the steps.",
     )
-    warmup: float = Field(0.03, ge=0, description="Warm-up steps; below 1 a share of all steps.")
-    decay: float = Field(0.2, gt=0, le=1, description="With wsd, the share of steps that the decay takes.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, on matrices only.")
-    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the mean of gradients.")
-    beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the mean of squared gradients.")
-    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
-    clip: float = Field(1.0, ge=0, description="Largest norm of the whole gradient; 0: no clipping.")
+    warmup: float = Field(default=0.03, ge=0, description="Warm-up steps; below 1 a share of all steps.")
+    decay: float = Field(default=0.2, gt=0, le=1, description="With wsd, the share of steps that the decay takes.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay, on matrices only.")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the mean of gradients.")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="Decay of the mean of squared gradients.")
+    eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment.")
+    clip: float = Field(default=1.0, ge=0, description="Largest norm of the whole gradient; 0: no clipping.")
 
 
 class RunSettings(Settings):
     """How long, where, and with what resources."""
 
-    folder: str = Field("runs/sft", description="Where everything about the run is written.")
-    steps: int | None = Field(None, ge=0, description="Optimizer steps; none: as many as run.epochs take.")
-    epochs: float = Field(1.0, gt=0, description="Passes over the data when run.steps is none.")
-    seed: int = Field(0, ge=0, description="Decides data order, initial adapters and dropout.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` is cuda where there is one.")
+    folder: str = Field(default="runs/sft", description="Where everything about the run is written.")
+    steps: int | None = Field(default=None, ge=0, description="Optimizer steps; none: as many as run.epochs take.")
+    epochs: float = Field(default=1.0, gt=0, description="Passes over the data when run.steps is none.")
+    seed: int = Field(default=0, ge=0, description="Decides data order, initial adapters and dropout.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto` is cuda where there is one.")
     dtype: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="Of activations; `auto`: bf16 on cuda, fp32 on cpu."
+        default="auto", description="Of activations; `auto`: bf16 on cuda, fp32 on cpu."
     )
-    step_tokens: int = Field(16384, ge=1, description="Tokens per optimizer step, over all micro-batches and ranks.")
+    step_tokens: int = Field(
+        default=16384, ge=1, description="Tokens per optimizer step, over all micro-batches and ranks."
+    )
     microbatch_tokens: int = Field(
-        4096, ge=2, description="Tokens per forward pass on one device: what memory depends on."
+        default=4096, ge=2, description="Tokens per forward pass on one device: what memory depends on."
     )
     checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory, more time."
+        default=False, description="Recompute activations in the backward pass: less memory, more time."
     )
     compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="Compile the decoder block; `auto`: on cuda only."
+        default="auto", description="Compile the decoder block; `auto`: on cuda only."
     )
 
 
 class SaveSettings(Settings):
     """Checkpoints and logs."""
 
-    every: int = Field(100, ge=0, description="Steps between checkpoints; 0: at the end only.")
-    keep: int = Field(2, ge=1, description="How many of the newest checkpoints to keep; the best is kept besides.")
-    resume: bool = Field(False, description="Continue the run in run.folder from its newest checkpoint.")
-    log_every: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
+    every: int = Field(default=100, ge=0, description="Steps between checkpoints; 0: at the end only.")
+    keep: int = Field(
+        default=2, ge=1, description="How many of the newest checkpoints to keep; the best is kept besides."
+    )
+    resume: bool = Field(default=False, description="Continue the run in run.folder from its newest checkpoint.")
+    log_every: int = Field(default=1, ge=1, description="Steps between lines of metrics.jsonl.")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
-        ("tensorboard",), description="Where metrics go besides metrics.jsonl."
+        default=("tensorboard",), description="Where metrics go besides metrics.jsonl."
     )
 
 
@@ -200,9 +214,9 @@ class TrainingSettings(Settings):
             )
         if self.run.microbatch_tokens < self.data.max_length:
             raise ValueError(
-                f"run.microbatch_tokens={self.run.microbatch_tokens} is less than data.max_length={self.data.max_length}, "
-                f"so a longest row would fit no micro-batch: write run.microbatch_tokens={self.data.max_length} "
-                f"or data.max_length={self.run.microbatch_tokens}"
+                f"run.microbatch_tokens={self.run.microbatch_tokens} is less than "
+                f"data.max_length={self.data.max_length}, so a longest row would fit no micro-batch: write "
+                f"run.microbatch_tokens={self.data.max_length} or data.max_length={self.run.microbatch_tokens}"
             )
         return self
 

@@ -3,12 +3,12 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 
 @contextlib.contextmanager
-def written_aside(final: Path) -> Iterator[Path]:
+def written_aside(final: Path) -> Generator[Path]:
     """A folder to write into; it takes the name `final`, replacing what was there, once all of it is on disk.
 
     When the work in the `with` block fails, or the process dies, what stood at `final` before is still there untouched

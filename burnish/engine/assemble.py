@@ -41,9 +41,8 @@ def open_model(
         add_adapter(decoder, name := POLICY, spec, torch.Generator().manual_seed(run.seed))
     decoder.checkpointing = run.checkpointing
     if run.compile == "on" or (run.compile == "auto" and mesh.device.type == "cuda"):
-        for block in decoder.blocks:
-            block.compile(dynamic=False)
-    shard(decoder, decoder.blocks, mesh)
+        decoder.compile_blocks()
+    shard(decoder, decoder.model.layers, mesh)
     return decoder, name
 
 

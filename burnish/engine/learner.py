@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from burnish.engine.mesh import Mesh
+from burnish.engine.mesh import Mesh, whole
 from burnish.types import Batch
 
 B = TypeVar("B", bound=Batch)
@@ -41,12 +41,15 @@ class Learner:
     def step(self, microbatches: Sequence[B], objective: Objective[B], count: Callable[[B], float]) -> dict[str, float]:
         """One optimizer step; every metric as its sum over micro-batches and ranks, divided by the count over both.
 
+        `learning_rate` and `tokens`, how many positions the step held, are given as they are.
+
         `objective` gives a micro-batch's loss as a sum, and named sums besides; `count` says what it counts for. On
         several ranks each must bring a micro-batch as often as the others, an empty one if need be.
         Raises NonFinite, before any weight has changed, when the loss or the gradient norm is not finite.
         """
         sums: dict[str, Tensor] = {}
-        total = float(self.mesh.sum(torch.tensor([sum(count(b) for b in microbatches)], dtype=torch.float64)))
+        counts = [sum(count(b) for b in microbatches), sum(len(b.tokens) for b in microbatches)]
+        total, tokens = self.mesh.sum(torch.tensor(counts, dtype=torch.float64, device=self.mesh.device)).tolist()
         if total == 0:
             raise ValueError("this step has no token to learn from: every weight in it is 0")
         for microbatch in microbatches:
@@ -65,12 +68,12 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_taken += 1
-        return metrics_out | {"learning_rate": rate}
+        return metrics_out | {"learning_rate": rate, "tokens": tokens}
 
     def _clip(self) -> Tensor:
         largest = self.clip or float("inf")
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), largest, foreach=True)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return whole(norm)
 
     def _refuse_non_finite(self, metrics: Mapping[str, float], microbatches: Sequence[Batch]) -> None:
         for quantity in ("loss", "grad_norm"):

@@ -1,7 +1,7 @@
 """Peak memory of a piece of work: CUDA's own count, or on the CPU a count of live tensor bytes."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -39,8 +39,8 @@ class _LiveBytes(TorchDispatchMode):
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.seen:
+        key, size = storage.data_ptr(), storage.nbytes()
+        if not size or key in self.seen:
             return
         self.live += size
         self.peak.bytes = max(self.peak.bytes, self.live)
@@ -53,7 +53,7 @@ class _LiveBytes(TorchDispatchMode):
 
 
 @contextmanager
-def measured_peak(device: torch.device, held: list[Tensor]) -> Iterator[Peak]:
+def measured_peak(device: torch.device, held: list[Tensor]) -> Generator[Peak]:
     """The peak of the work in the `with` block, to be read after it.
 
     On CUDA it is `torch.cuda.max_memory_allocated`. The CPU's allocator keeps no count, so there the bytes of live

@@ -4,7 +4,7 @@ Only the engine speaks torch.distributed.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -45,7 +45,7 @@ class Mesh:
 
 
 @contextmanager
-def open_mesh(device: str) -> Iterator[Mesh]:
+def open_mesh(device: str) -> Generator[Mesh]:
     """The mesh of this process: a single one, or one of those that torchrun started (gloo on the CPU, NCCL on CUDA)."""
     name = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))

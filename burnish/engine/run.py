@@ -3,7 +3,7 @@
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -101,22 +101,19 @@ class Run:
                     f"{self.total_steps}; go on with the same command and save.resume=true"
                 )
 
-    def log(self, metrics: Mapping[str, float], tokens: float = 0.0) -> None:
-        """Record the metrics of the step under way, whose micro-batches held so many tokens over all ranks."""
-        self.num_tokens += tokens
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of the step under way, as the learner gave them."""
+        self.num_tokens += metrics["tokens"]
         self.eval_loss = metrics.get("eval_loss", self.eval_loss)
         if not self.mesh.is_main or (self.step % self.save.log_every and "eval_loss" not in metrics):
             return
         now = time.perf_counter()
         rate = (self.num_tokens - self._tokens_logged) / max(now - self._logged_at, 1e-9)
         self._logged_at, self._tokens_logged = now, self.num_tokens
+        memory = in_use(self.mesh.device)
+        self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {rate:,.0f} tok/s, {memory / 2**30:.2f} GiB")
         line: dict[str, float] = {"step": self.step + 1, **metrics, "num_tokens": self.num_tokens}
-        if tokens:
-            line |= {"tokens_per_second": rate, "memory_bytes": in_use(self.mesh.device)}
-            self.bar.set_postfix_str(
-                f"loss {metrics['loss']:.3f}, {rate:,.0f} tok/s, {line['memory_bytes'] / 2**30:.2f} GiB"
-            )
-        line["seconds"] = now - self._started
+        line |= {"tokens_per_second": rate, "memory_bytes": memory, "seconds": now - self._started}
         self.metrics_file.write(json.dumps(line) + "\n")
         self.metrics_file.flush()
         for tracker in self.trackers:
@@ -162,7 +159,7 @@ class Run:
             aside.replace(self.folder / name)
 
     @contextmanager
-    def _measured(self) -> Iterator[Peak]:
+    def _measured(self) -> Generator[Peak]:
         """The peak memory of a step: each on CUDA; on the CPU, where counting is slow, this process's second."""
         device = self.mesh.device
         self._steps_here += 1

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from burnish.config import TrainedModelSettings
-from burnish.data.chat import ChatTemplate, open_template
+from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
 from burnish.engine.preflight import check_device
 from burnish.model.families import find_model, read_config
@@ -24,7 +24,7 @@ class Trained:
     decoder: "Decoder"
     adapter: str | None
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    template: ChatTemplate
 
 
 def find_adapter(path: str) -> Path:
@@ -80,4 +80,4 @@ def open_trained(settings: TrainedModelSettings) -> Trained:
     if settings.adapter is not None:
         load_adapter(decoder, find_adapter(settings.adapter), adapter := ADAPTER)
     tokenizer = Tokenizer.load(base)
-    return Trained(decoder, adapter, tokenizer, open_template(settings.template, tokenizer))
+    return Trained(decoder, adapter, tokenizer, ChatTemplate.open(settings.template, tokenizer))

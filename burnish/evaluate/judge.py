@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from burnish import world
-from burnish.data.chat import ChatTemplate, encode
+from burnish.data.chat import encode
+from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
 from burnish.evaluate.likelihood import held_out_loss
 from burnish.evaluate.tasks import accuracy, accuracy_by_task, answer_prompts, exact_match
@@ -25,7 +26,7 @@ class Judge:
         model: Decoder,
         adapter: str | None,
         tokenizer: Tokenizer,
-        template: ChatTemplate | None,
+        template: ChatTemplate,
         held_out: Sequence[TokenSequence],
         prompts: Sequence[Prompt],
         general: str | None,
@@ -33,7 +34,7 @@ class Judge:
     ) -> None:
         self.model, self.adapter, self.tokenizer, self.template = model, adapter, tokenizer, template
         self.held_out, self.prompts, self.microbatch_tokens = held_out, prompts, microbatch_tokens
-        self.general = general_sequences(general, tokenizer, microbatch_tokens) if general else []
+        self.general = general_sequences(general, tokenizer, template, microbatch_tokens) if general else []
 
     def losses(self) -> dict[str, float]:
         """Loss, perplexity and accuracy on the held-out rows, and the loss on general text, named for metrics.jsonl."""
@@ -49,10 +50,13 @@ class Judge:
     def verdict(self) -> dict[str, Any]:
         """The losses, the share of prompts answered right, overall and by task, and some answers to read."""
         found: dict[str, Any] = {"metrics": self.losses(), "samples": []}
-        if self.prompts and self.template:
+        if self.prompts:
             answers = answer_prompts(self.model, self.tokenizer, self.template, self.prompts, self.adapter, grade=grade)
             found["metrics"]["eval_exact_match"] = accuracy(answers)
             found["by_task"] = accuracy_by_task(answers)
+            for name, tasks in (("seen", world.SEEN), ("unseen", world.UNSEEN)):
+                if chosen := [answer for answer in answers if answer.prompt.task in tasks]:
+                    found["metrics"][f"eval_exact_match_{name}"] = accuracy(chosen)
             step = max(1, len(answers) // NUM_SAMPLES)
             found["samples"] = [answer.as_dict() for answer in answers[::step][:NUM_SAMPLES]]
         return found
@@ -60,14 +64,16 @@ class Judge:
 
 def grade(prompt: Prompt, answer: str) -> bool:
     """Whether an answer is right: by the task's own checker where the embedded world has one, else by exact match."""
-    if prompt.task in world.FAMILIES and prompt.answer is not None:
-        return world.check(prompt.task, prompt.messages[-1].content, prompt.answer, answer)
+    if prompt.task is not None and prompt.task in world.FAMILIES and prompt.answer is not None:
+        return world.check(prompt.task, prompt.answer, answer)
     return exact_match(prompt, answer)
 
 
-def general_sequences(source: str, tokenizer: Tokenizer, max_length: int) -> list[TokenSequence]:
+def general_sequences(
+    source: str, tokenizer: Tokenizer, template: ChatTemplate, max_length: int
+) -> list[TokenSequence]:
     """General text (a file, or `embedded`) as sequences of at most max_length tokens, every token scored."""
     text = world.general_text() if source == "embedded" else Path(source).read_text(encoding="utf-8")
-    ids = encode(Text(((text, True),)), tokenizer, None, "everything", 0).ids
+    ids = encode(Text(((text, True),)), tokenizer, template).ids
     pieces = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
     return [TokenSequence(piece, (0.0,) + (1.0,) * (len(piece) - 1), 0) for piece in pieces if len(piece) > 1]

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from burnish.data.chat import ChatTemplate, prompt_ids
+from burnish.data.chat import end_ids, prompt_ids
+from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
 from burnish.model.decoder import Decoder
 from burnish.sampling.sampler import generate
@@ -47,7 +48,7 @@ def answer_prompts(
     training = model.training
     model.eval()
     ids = [prompt_ids(prompt.messages, tokenizer, template) for prompt in prompts]
-    written = generate(model, ids, max_tokens, tokenizer.end_ids, adapter)
+    written = generate(model, ids, max_tokens, end_ids(tokenizer, template), adapter)
     model.train(training)
     texts = [tokenizer.decode(answer).strip() for answer in written]
     return [Answer(prompt, text, grade(prompt, text)) for prompt, text in zip(prompts, texts, strict=True)]

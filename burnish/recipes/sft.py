@@ -16,9 +16,9 @@ def main(config: Config) -> dict[str, Any]:
     """Trains and evaluates; gives the run's row of results, which is also in results.json of its folder."""
     preflight(config)  # what can be wrong without torch is said before the seconds that loading torch takes
 
-    from burnish.data.chat import open_template
     from burnish.data.prepare import prepare
     from burnish.data.stream import Stream
+    from burnish.data.templates import ChatTemplate
     from burnish.data.tokenizer import Tokenizer
     from burnish.engine.assemble import open_learner, open_model, save_trained
     from burnish.engine.mesh import open_mesh
@@ -33,14 +33,15 @@ def main(config: Config) -> dict[str, Any]:
         # 1. Data: rows -> token sequences with a weight per token; the audit says what became of every row.
         base = find_model(config.model.path, config.model.revision)
         tokenizer = Tokenizer.load(base)
-        template = open_template(config.model.template, tokenizer)
-        data = prepare(config.data, config.evaluate, tokenizer, template, config.run.seed)
+        template = ChatTemplate.open(config.model.template, tokenizer)
+        budget = config.run.microbatch_tokens
+        data = prepare(config.data, config.evaluate, tokenizer, template, config.run.seed, budget=budget)
         if mesh.is_main:
             print("\n".join(data.audit.lines()))
 
         # 2. Micro-batches: packs of whole sequences, as many a step as run.step_tokens asks for.
-        tokens, packs = config.run.microbatch_tokens, math.ceil(config.run.step_tokens / config.run.microbatch_tokens)
-        stream = Stream(data.train, tokens, packs, config.run.seed, mesh.rank, mesh.world)
+        microbatches = math.ceil(config.run.step_tokens / (budget * mesh.world))
+        stream = Stream(data.train, budget, microbatches, config.run.seed, mesh.rank, mesh.world)
         steps = (
             config.run.steps if config.run.steps is not None else math.ceil(config.run.epochs * stream.steps_per_epoch)
         )
@@ -48,7 +49,7 @@ def main(config: Config) -> dict[str, Any]:
         # 3. The model: one stored weight per layer, and beside it the adapter, if any; only one of the two trains.
         model, adapter = open_model(base, config.model, config.adapter, config.run, mesh)
         learner = open_learner(model, adapter, config.optim, steps, mesh)
-        judge = Judge(model, adapter, tokenizer, template, data.held_out, data.prompts, config.evaluate.general, tokens)
+        judge = Judge(model, adapter, tokenizer, template, data.held_out, data.prompts, config.evaluate.general, budget)
 
         # 4. The method.
         def objective(batch: Batch):
@@ -63,7 +64,7 @@ def main(config: Config) -> dict[str, Any]:
                 metrics = learner.step(batches, objective, count=lambda batch: batch.total_weight)
                 if config.evaluate.every and (step + 1) % config.evaluate.every == 0:
                     metrics |= judge.losses()
-                run.log(metrics, stream.tokens_in(step))
+                run.log(metrics)
             after = run.once("after", judge.verdict)
 
             # 5. What is left of it: a model or an adapter folder, the table, the page.

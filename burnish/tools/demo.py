@@ -18,7 +18,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"model": {"storage": "bf16"}, "optim": {"lr": 4e-3}},
     "qlora": {"model": {"storage": "nf4"}, "optim": {"lr": 4e-3}},
 }
-"""Folder name -> what sets the method apart. Adapters take a higher rate than full weights (Schulman 2025 found 10x)."""
+"""Folder name -> what sets the method apart; adapters take a higher learning rate than full weights."""
 
 SHARED: dict[str, Any] = {
     "model": {"path": "embedded"},
@@ -33,8 +33,8 @@ SHARED: dict[str, Any] = {
 class Config(Settings):
     """Where the demo writes, and how long it takes."""
 
-    out: str = Field("runs/demo", description="The folder for the three runs, the table and report.html.")
-    quick: bool = Field(False, description="A few steps of each method only: does it work here?")
+    out: str = Field(default="runs/demo", description="The folder for the three runs, the table and report.html.")
+    quick: bool = Field(default=False, description="A few steps of each method only: does it work here?")
 
 
 def main(config: Config, as_json: bool) -> None:

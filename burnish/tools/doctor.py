@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from burnish.config import Settings
+from burnish.config import Settings, TrainingSettings, build
 from burnish.engine.preflight import cuda_device_count
 
 
@@ -41,7 +41,8 @@ def _machine() -> str:
 
     memory, free = psutil.virtual_memory().total / 2**30, shutil.disk_usage(Path.cwd()).free / 2**30
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
-    return f"{platform.platform()}, Python {platform.python_version()}, {cores} cores, {memory:.0f} GiB memory, {free:.0f} GiB disk free here"
+    place = f"{platform.platform()}, Python {platform.python_version()}"
+    return f"{place}, {cores} cores, {memory:.0f} GiB memory, {free:.0f} GiB disk free here"
 
 
 def _packages() -> str:
@@ -73,7 +74,6 @@ def _training() -> str:
     """One forward and backward pass of the embedded model, on every storage, where the run would take place."""
     import torch
 
-    from burnish.config import AdapterSettings, ModelSettings, RunSettings
     from burnish.data.packing import collate
     from burnish.engine.assemble import open_model
     from burnish.engine.mesh import Mesh
@@ -82,10 +82,10 @@ def _training() -> str:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = collate([Sequence(tuple(range(5, 25)), (1.0,) * 20, 0)]).to(device)
-    for storage, adapter in (("full", "none"), ("bf16", "lora"), ("nf4", "lora")):
-        model = ModelSettings(path="embedded", storage=storage)
+    for storage in ("full", "bf16", "nf4"):
+        settings = build(TrainingSettings, {"model": {"storage": storage}, "run": {"compile": "off"}})
         decoder, name = open_model(
-            find_model("embedded", None), model, AdapterSettings(kind=adapter), RunSettings(compile="off"), Mesh(device)
+            find_model("embedded", None), settings.model, settings.adapter, settings.run, Mesh(device)
         )
         loss = -decoder.log_probs(batch, name).sum()
         loss.backward()

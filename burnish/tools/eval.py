@@ -14,9 +14,11 @@ class Config(Settings):
 
     model: TrainedModelSettings = TrainedModelSettings.model_construct()
     data: DataSettings = DataSettings.model_construct()
-    prompts: int = Field(0, ge=0, description="Rows to answer by generation and grade by exact match; 0: none.")
-    general: str | None = Field(None, description="A text file, or `embedded`, to measure the loss on as well.")
-    microbatch_tokens: int = Field(4096, ge=2, description="Tokens per forward pass; the result does not depend on it.")
+    prompts: int = Field(default=0, ge=0, description="Rows to answer by generation and grade by exact match; 0: none.")
+    general: str | None = Field(default=None, description="A text file, or `embedded`, to measure the loss on as well.")
+    microbatch_tokens: int = Field(
+        default=4096, ge=2, description="Tokens per forward pass; the result does not depend on it."
+    )
 
 
 def main(config: Config, as_json: bool) -> None:

@@ -13,18 +13,22 @@ class Config(Settings):
 
     model: TrainedModelSettings = TrainedModelSettings.model_construct()
     prompt: str | tuple[str, ...] = Field(description="What the user says; a list is answered one by one.")
-    system: str | None = Field(None, description="A system message before it.")
-    chat: bool = Field(True, description="Put the prompt into the chat template; false: continue it as plain text.")
-    max_tokens: int = Field(256, ge=1, description="The longest answer, in tokens.")
-    temperature: float = Field(0.0, ge=0, description="0 takes the most likely token; above it tokens are drawn.")
-    seed: int = Field(0, ge=0, description="Decides what is drawn.")
+    system: str | None = Field(default=None, description="A system message before it.")
+    chat: bool = Field(
+        default=True, description="Put the prompt into the chat template; false: continue it as plain text."
+    )
+    max_tokens: int = Field(default=256, ge=1, description="The longest answer, in tokens.")
+    temperature: float = Field(
+        default=0.0, ge=0, description="0 takes the most likely token; above it tokens are drawn."
+    )
+    seed: int = Field(default=0, ge=0, description="Decides what is drawn.")
 
 
 def main(config: Config, as_json: bool) -> None:
     """Prints each answer."""
     check_trained(config.model)
 
-    from burnish.data.chat import prompt_ids
+    from burnish.data.chat import end_ids, prompt_ids
     from burnish.engine.trained import open_trained
     from burnish.sampling.sampler import generate
     from burnish.types import Message
@@ -34,22 +38,12 @@ def main(config: Config, as_json: bool) -> None:
     before = [Message("system", config.system)] if config.system else []
     if not config.chat:
         ids = [trained.tokenizer.encode(prompt, add_bos=True) for prompt in prompts]
-    elif trained.template is None:
-        raise ValueError(
-            "the tokenizer has no chat template; write model.template=chatml|alpaca|vicuna|FILE, or chat=false"
-        )
     else:
         chats = [(*before, Message("user", prompt)) for prompt in prompts]
         ids = [prompt_ids(messages, trained.tokenizer, trained.template) for messages in chats]
-    written = generate(
-        trained.decoder,
-        ids,
-        config.max_tokens,
-        trained.tokenizer.end_ids,
-        trained.adapter,
-        config.temperature,
-        config.seed,
-    )
+    ends = end_ids(trained.tokenizer, trained.template) if config.chat else trained.tokenizer.end_ids
+    options = (trained.adapter, config.temperature, config.seed)
+    written = generate(trained.decoder, ids, config.max_tokens, ends, *options)
     answers = [trained.tokenizer.decode(answer).strip() for answer in written]
     if as_json:
         print(json.dumps({"answers": [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]}))

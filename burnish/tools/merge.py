@@ -1,4 +1,4 @@
-"""Merge an adapter into its base, shard by shard, and report how far the merged model's answers are from the unmerged."""
+"""Merge an adapter into its base, shard by shard, and report the error of the merged logits."""
 
 import json
 from typing import Literal
@@ -15,7 +15,7 @@ class Config(Settings):
     model: TrainedModelSettings = TrainedModelSettings.model_construct()
     out: str = Field(description="The folder to write: a model in Hugging Face layout.")
     onto: Literal["weights", "nf4"] = Field(
-        "weights",
+        default="weights",
         description="The base's 16-bit weights, or what they become through NF4: what a QLoRA adapter was trained on.",
     )
 

@@ -1,0 +1,86 @@
+"""Settings: what is accepted, and the one line that says what is wrong with the rest."""
+
+import pytest
+import yaml
+
+from burnish.config import ConfigError, TrainingSettings, build, fields, parse, to_yaml
+
+
+def message(*words: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse(TrainingSettings, words)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_words_override_the_file_and_keep_its_other_values(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("optim: {lr: 0.5, clip: 2}\nrun:\n  steps: 7\n")
+    config = parse(TrainingSettings, [str(path), "optim.lr=1e-4", "adapter.targets=[q_proj, v_proj]"])
+    assert (config.optim.lr, config.optim.clip, config.run.steps) == (1e-4, 2, 7)
+    assert config.adapter.targets == ("q_proj", "v_proj")
+
+
+def test_the_written_config_reads_back_to_the_same_settings():
+    config = parse(TrainingSettings, ["model.storage=nf4", "adapter.rank_pattern={q_proj: 4}", "run.steps=3"])
+    assert build(TrainingSettings, yaml.safe_load(to_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("words", "storage", "kind", "lr"),
+    [
+        ([], "bf16", "lora", 2e-4),
+        (["model.storage=full"], "full", "none", 2e-5),
+        (["adapter.kind=none"], "full", "none", 2e-5),
+        (["model.storage=nf4"], "nf4", "lora", 2e-4),
+        (["adapter.kind=dora", "optim.lr=1"], "bf16", "dora", 1.0),
+    ],
+)
+def test_storage_adapter_and_rate_are_resolved_together(words, storage, kind, lr):
+    config = parse(TrainingSettings, words)
+    assert (config.model.storage, config.adapter.kind, config.optim.lr) == (storage, kind, lr)
+
+
+def test_unknown_key_names_the_nearest():
+    assert message("optim.learning_rte=1") == "unknown key 'optim.learning_rte'; did you mean 'optim.lr'?"
+    assert "did you mean 'optim.lr'?" in message("optm.lr=1")
+    assert "did you mean 'model.storage'?" in message("model.storge=nf4")
+    assert "did you mean 'run.steps'?" in message("run.step=10")
+
+
+def test_wrong_type_says_what_is_expected():
+    assert message("optim.lr=fast").startswith("'optim.lr' should be float or none, not fast")
+    assert message("run.steps=2.5").startswith("'run.steps' should be int or none, not 2.5")
+    assert message("model.storage=nf5") == "'model.storage' is one of auto, full, bf16, fp32, nf4, not nf5"
+    assert message("model=3").startswith("'model' is a group of settings")
+    assert message("optim.lr=-1").startswith("'optim.lr' should be")
+
+
+def test_contradictions_say_how_to_resolve_them():
+    assert "model.storage=full adapter.kind=none" in message("model.storage=nf4", "adapter.kind=none")
+    assert "leave two things to train" in message("model.storage=full", "adapter.kind=lora")
+    assert "run.microbatch_tokens=9000" in message("data.max_length=9000")
+
+
+def test_words_and_files_that_are_neither(tmp_path):
+    assert "neither key=value nor a .yaml file" in message("--lr")
+    assert message(str(tmp_path / "no.yaml")).startswith("there is no file")
+    path = tmp_path / "bad.yaml"
+    path.write_text("a: [1")
+    assert "is not YAML" in message(str(path))
+    path.write_text("- 1\n")
+    assert "must hold `key: value` lines" in message(str(path))
+
+
+def test_settings_are_frozen():
+    config = parse(TrainingSettings, [])
+    with pytest.raises(ValueError, match="frozen"):
+        config.run.steps = 3
+
+
+def test_every_field_has_its_sentence_and_no_group_more_than_ten():
+    groups: dict[str, int] = {}
+    for key, _, _, sentence in fields(TrainingSettings):
+        assert sentence.endswith("."), key
+        groups[key.split(".")[0]] = groups.get(key.split(".")[0], 0) + 1
+    assert max(groups.values()) <= 10
