@@ -56,6 +56,7 @@ class Prompt:
     answer: str | None = None
     task: str | None = None
     """The family of tasks it belongs to, where the data names one; results are reported by family."""
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""From files to packed batches, with an audit of everything that happened on the way."""

@@ -1,0 +1,227 @@
+"""What happened to the data before step 0: every row accounted for, in numbers and in lines for a terminal.
+
+Imports no torch.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+
+from burnish.data.corpus import Corpus
+
+PLACES_SHOWN = 10
+"""How many rows a finding names."""
+BAR = 40
+"""The width of the longest bar of the histogram."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that happened to rows: how often, to which first, and one of them to look at."""
+
+    count: int
+    rows: tuple[int, ...]
+    """The first rows, counted from 0."""
+    places: tuple[str, ...]
+    """The same rows as file and line."""
+    example: str = ""
+
+    def line(self) -> str:
+        """The count and the places, as in `3 rows: a.jsonl:4, a.jsonl:9, ...`."""
+        more = ", ..." if self.count > len(self.places) else ""
+        return f"{self.count} {'row' if self.count == 1 else 'rows'}: {', '.join(self.places)}{more}"
+
+
+class Tally:
+    """Findings by name, while they are being counted."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[list[int], list[str], list[str]]] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, row: int, place: str, example: str = "") -> None:
+        """Count one row."""
+        self._counts[name] = self._counts.get(name, 0) + 1
+        rows, places, examples = self._found.setdefault(name, ([], [], []))
+        if len(rows) < PLACES_SHOWN:
+            rows.append(row)
+            places.append(place)
+        if example and not examples:
+            examples.append(shortened(example))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._found
+
+    def findings(self) -> dict[str, Finding]:
+        """Everything counted, the most frequent first."""
+        names = sorted(self._counts, key=lambda name: -self._counts[name])
+        return {name: self.finding(name) for name in names}
+
+    def finding(self, name: str) -> Finding:
+        """One name's count, 0 when nothing was counted."""
+        rows, places, examples = self._found.get(name, ([], [], []))
+        return Finding(self._counts.get(name, 0), tuple(rows), tuple(places), examples[0] if examples else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """How many tokens there are, in sequences of what length, and how well they pack."""
+
+    sequences: int
+    tokens: int
+    trained: int
+    """Tokens whose weight in the loss is not 0."""
+    shortest: int
+    longest: int
+    mean: float
+    histogram: tuple[tuple[int, int], ...]
+    """(upper bound, sequences of at most so many tokens and more than the bound before)."""
+    budget: int
+    packs: int
+    efficiency: float
+    """The share of the packs' room that tokens fill."""
+
+    @property
+    def context(self) -> int:
+        """Tokens that are read but not trained on."""
+        return self.tokens - self.trained
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """The rows kept for evaluation."""
+
+    how: str
+    """Where they come from, in words."""
+    shared: bool = False
+    """Whether they are a share of the rows of data.path."""
+    rows: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    trained: int = 0
+    prompts: int = 0
+    dropped: Mapping[str, Finding] = field(default_factory=dict[str, Finding])
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """The account of a data set on its way into training."""
+
+    source: str
+    format: str
+    reading: str
+    template: str
+    train_on: str
+    rows_in: int
+    rows_out: int
+    """Rows of which something is trained on."""
+    dropped: Mapping[str, Finding]
+    repaired: Mapping[str, Finding]
+    duplicates: Finding
+    """Rows that repeat an earlier one word for word; they are kept."""
+    split: Finding
+    """Rows cut into several sequences because they were too long."""
+    lengths: Lengths
+    responses: int
+    ended: int
+    """Responses whose end token is trained."""
+    end_tokens: tuple[str, ...]
+    held_out: HeldOut
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The audit as a JSON object."""
+        tree = asdict(self)
+        tree["lengths"]["context"] = self.lengths.context
+        tree["ended_share"] = self.ended / self.responses if self.responses else 0.0
+        return tree
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> "Audit":
+        """The audit that `as_dict` wrote."""
+        return TypeAdapter(cls).validate_python(tree)
+
+    def lines(self) -> list[str]:
+        """The audit for a terminal, at most some forty lines."""
+        return list(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        yield f"data        {self.source}"
+        yield f"            {self.reading}"
+        dropped = total(self.dropped)
+        kept = self.held_out.rows + total(self.held_out.dropped) if self.held_out.shared else 0
+        sides = f"{self.rows_out:,} to train on + {kept:,} held out + {dropped:,} dropped"
+        yield f"rows        {self.rows_in:,} in = {sides}"
+        yield from (f"  dropped   {name}: {_told(finding)}" for name, finding in self.dropped.items())
+        yield from (f"  repaired  {name}: {_told(finding)}" for name, finding in self.repaired.items())
+        if self.split.count:
+            yield f"  split     {self.split.line()}"
+        if self.duplicates.count:
+            yield f"  repeated  {self.duplicates.line()} (kept)"
+        yield f"held out    {self.held_out.how}"
+        yield from (f"  dropped   {name}: {_told(finding)}" for name, finding in self.held_out.dropped.items())
+        yield from self._token_lines()
+        yield from (f"note        {note}" for note in self.notes)
+
+    def _token_lines(self) -> Iterator[str]:
+        lengths = self.lengths
+        share = lengths.trained / lengths.tokens if lengths.tokens else 0.0
+        trained = f"{lengths.trained:,} trained on ({share:.1%})"
+        yield f"tokens      {lengths.tokens:,} = {trained} + {lengths.context:,} context"
+        if self.responses:
+            ends = f"{self.ended / self.responses:.1%} end in {' or '.join(self.end_tokens) or 'an end token'}"
+            yield f"responses   {self.responses:,} trained on ({self.train_on}), {ends}; template: {self.template}"
+        spread = f"{lengths.shortest:,} to {lengths.longest:,} tokens, {lengths.mean:,.1f} on average"
+        yield f"lengths     {spread}, {lengths.sequences:,} sequences"
+        most = max((count for _, count in lengths.histogram), default=0)
+        for bound, count in lengths.histogram:
+            yield f"  <= {bound:<7,} {'#' * (-(-count * BAR // most)) or '.':<{BAR}} {count:,}"
+        yield f"packing     {lengths.packs:,} packs of {lengths.budget:,} tokens, {lengths.efficiency:.1%} full"
+
+
+def measure(corpus: Corpus, budget: int, packing: tuple[int, float]) -> Lengths:
+    """The numbers about sequences and about their packing, as `efficiency` found it."""
+    lengths = corpus.lengths
+    if not len(lengths):
+        return Lengths(0, 0, 0, 0, 0, 0.0, (), budget, 0, 1.0)
+    return Lengths(
+        sequences=len(lengths),
+        tokens=len(corpus.ids),
+        trained=int(numpy.count_nonzero(corpus.weights)),
+        shortest=int(lengths.min()),
+        longest=int(lengths.max()),
+        mean=float(lengths.mean()),
+        histogram=_histogram(lengths),
+        budget=budget,
+        packs=packing[0],
+        efficiency=packing[1],
+    )
+
+
+def shortened(text: str, width: int = 100) -> str:
+    """A text on one line, cut to a width."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 3]}..."
+
+
+def _histogram(lengths: NDArray[numpy.int64]) -> tuple[tuple[int, int], ...]:
+    """Counts by powers of two, from the one that holds the shortest to the one that holds the longest; at most 12."""
+    first = max(0, int(lengths.min() - 1).bit_length())
+    last = max(first, int(lengths.max() - 1).bit_length())
+    bounds = [2**power for power in range(max(first, last - 11), last + 1)]
+    places = numpy.searchsorted(bounds, lengths)
+    counts = numpy.bincount(places, minlength=len(bounds)).tolist()
+    return tuple(zip(bounds, counts, strict=True))
+
+
+def _told(finding: Finding) -> str:
+    return finding.line() + (f'; for instance "{finding.example}"' if finding.example else "")
+
+
+def total(findings: Mapping[str, Finding]) -> int:
+    """How many rows some findings are about, one finding to a row."""
+    return sum(finding.count for finding in findings.values())

@@ -1,0 +1,57 @@
+"""Many sequences in three arrays: a tenth of the memory of as many Python lists. Imports no torch."""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Listed
+from typing import overload
+
+import numpy
+from numpy.typing import NDArray
+
+from burnish.types import Sequence
+
+
+class Corpus(Listed[Sequence]):
+    """A read-only list of sequences; each is built when it is asked for."""
+
+    def __init__(
+        self,
+        ids: NDArray[numpy.int32],
+        weights: NDArray[numpy.float32],
+        starts: NDArray[numpy.int64],
+        rows: NDArray[numpy.int32],
+    ) -> None:
+        assert len(ids) == len(weights) == starts[-1]
+        assert len(rows) == len(starts) - 1
+        self.ids, self.weights, self.starts, self.rows = ids, weights, starts, rows
+
+    @classmethod
+    def of(cls, sequences: Iterable[Sequence]) -> "Corpus":
+        """The same sequences, packed into arrays."""
+        if isinstance(sequences, Corpus):
+            return sequences
+        listed = list(sequences)
+        starts = numpy.zeros(len(listed) + 1, numpy.int64)
+        numpy.cumsum([len(sequence.ids) for sequence in listed], out=starts[1:])
+        ids, weights = numpy.empty(starts[-1], numpy.int32), numpy.empty(starts[-1], numpy.float32)
+        for sequence, start, end in zip(listed, starts[:-1], starts[1:], strict=True):
+            ids[start:end], weights[start:end] = sequence.ids, sequence.weights
+        return cls(ids, weights, starts, numpy.array([sequence.row for sequence in listed], numpy.int32))
+
+    @property
+    def lengths(self) -> NDArray[numpy.int64]:
+        """Tokens in each sequence."""
+        return numpy.diff(self.starts)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Sequence: ...
+    @overload
+    def __getitem__(self, index: slice) -> "list[Sequence]": ...
+    def __getitem__(self, index: int | slice) -> "Sequence | list[Sequence]":
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        part = slice(self.starts[number], self.starts[number + 1])
+        return Sequence(tuple(self.ids[part].tolist()), tuple(self.weights[part].tolist()), int(self.rows[number]))

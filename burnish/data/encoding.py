@@ -1,0 +1,114 @@
+"""Rows into sequences, with the policy for rows that are too long or have nothing to train on. Imports no torch."""
+
+from array import array
+from collections.abc import Callable, Sequence
+
+import numpy
+
+from burnish.config import DataSettings
+from burnish.data.audit import Tally
+from burnish.data.chat import Encoded, encode_row
+from burnish.data.corpus import Corpus
+from burnish.data.reading import Source
+from burnish.data.templates import ChatTemplate, RefusedConversation
+from burnish.data.tokenizer import Tokenizer
+from burnish.types import Example
+
+Progress = Callable[[int], None]
+
+
+class Encoder:
+    """Tokenises rows one after the other, and keeps count."""
+
+    def __init__(self, data: DataSettings, tokenizer: Tokenizer, template: ChatTemplate, dropped: Tally) -> None:
+        self._data, self._tokenizer, self._template, self._dropped = data, tokenizer, template, dropped
+        self._ids, self._weights, self._starts, self._rows = array("i"), array("f"), array("q", [0]), array("i")
+        self.changed = Tally()
+        """Rows that were split, and remarks about rows."""
+        self.rows = self.responses = self.ended = self.ends_added = self.idle_pieces = 0
+        self.ends: set[int] = set()
+        self._longest = 0
+
+    def encode(self, sources: Sequence[Source], progress: Progress | None = None) -> None:
+        """Tokenise these rows.
+
+        Raises ValueError for a template that cannot be used and, where the settings ask for it, for rows that are too long
+        or have nothing to train on.
+        """
+        if self._template.source is None and any(isinstance(source.example, Example) for source in sources):
+            raise ValueError(self._template.missing())
+        for source in sources:
+            self._encode(source)
+            if progress:
+                progress(1)
+        self._check()
+
+    def corpus(self) -> Corpus:
+        """The sequences so far."""
+        return Corpus(
+            numpy.array(self._ids, numpy.int32),
+            numpy.array(self._weights, numpy.float32),
+            numpy.array(self._starts, numpy.int64),
+            numpy.array(self._rows, numpy.int32),
+        )
+
+    def _encode(self, source: Source) -> None:
+        try:
+            encoded = encode_row(source.example, self._tokenizer, self._template, self._data.train_on)
+        except RefusedConversation as refused:
+            self._dropped.add("template_refused", source.row, source.place, str(refused))
+            return
+        except ValueError as error:
+            raise ValueError(f"{source.place}: {error}") from None
+        if not any(encoded.weights):
+            self._dropped.add("untrained", source.row, source.place)
+            return
+        for remark in encoded.remarks:
+            self.changed.add(remark, source.row, source.place)
+        if self._add(source, encoded):
+            self.rows += 1
+            self.responses += encoded.responses
+            self.ended += len(encoded.ends)
+            self.ends_added += encoded.end_added
+            self.ends.update(encoded.ends)
+
+    def _add(self, source: Source, encoded: Encoded) -> bool:
+        """Put a row among the sequences as the policy for long ones has it; whether any of it went in."""
+        length, most = len(encoded.ids), self._data.max_length
+        if length <= most:
+            self._append(encoded.ids, encoded.weights, source.row)
+            return True
+        self._longest = max(self._longest, length)
+        if self._data.too_long != "split":
+            self._dropped.add("too_long", source.row, source.place, f"{length} tokens, data.max_length is {most}")
+            return False
+        self.changed.add("split", source.row, source.place)
+        # A piece starts with the last token of the one before, so that every token but the first is predicted once.
+        for start in range(0, length - 1, most - 1):
+            ids, weights = encoded.ids[start : start + most], encoded.weights[start : start + most]
+            weights[0] = 0.0
+            if any(weights):
+                self._append(ids, weights, source.row)
+            else:
+                self.idle_pieces += 1
+        return True
+
+    def _append(self, ids: list[int], weights: list[float], row: int) -> None:
+        self._ids.extend(ids)
+        self._weights.extend(weights)
+        self._starts.append(len(self._ids))
+        self._rows.append(row)
+
+    def _check(self) -> None:
+        if self._data.too_long == "error" and "too_long" in self._dropped:
+            found = self._dropped.finding("too_long")
+            raise ValueError(
+                f"{found.line()} have more tokens than data.max_length={self._data.max_length}; write data.max_length="
+                f"{self._longest}, or data.too_long=drop or split"
+            )
+        if not self._data.allow_untrained and "untrained" in self._dropped:
+            found = self._dropped.finding("untrained")
+            raise ValueError(
+                f"{found.line()} have nothing to train on with data.train_on={self._data.train_on} (every weight is 0); "
+                "write data.allow_untrained=true to drop them"
+            )

@@ -1,0 +1,72 @@
+"""The order in which a run sees its data: step number in, batches out. Imports torch only when it collates."""
+
+from collections.abc import Sequence as Listed
+from typing import TYPE_CHECKING
+
+import numpy
+from numpy.typing import NDArray
+
+from burnish.data.corpus import Corpus
+from burnish.data.packing import collate, pack
+from burnish.types import Sequence
+
+if TYPE_CHECKING:
+    from burnish.types import Batch
+
+
+class Stream:
+    """An endless supply of steps over a data set, epoch after epoch, each in an order of its own.
+
+    What a step holds depends on its number alone, so a resumed run needs nothing else to go on. The shapes of the packs are
+    found once; an epoch shuffles which of the equally long sequences fill them, and the order of the packs. Epochs run into
+    each other: the step in which one ends takes its remaining micro-batches from the next.
+    """
+
+    def __init__(
+        self,
+        sequences: Listed[Sequence],
+        microbatch_tokens: int,
+        microbatches_per_step: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        assert 0 <= rank < world
+        self._corpus = Corpus.of(sequences)
+        if not len(self._corpus):
+            raise ValueError("there are no sequences to train on")
+        self._seed, self._rank, self._world = seed, rank, world
+        self._lengths = self._corpus.lengths
+        self._packs = pack(-numpy.sort(-self._lengths), microbatch_tokens)
+        # No step goes over the whole data set more than once: a tiny set takes fewer micro-batches, not more passes.
+        self.microbatches = max(1, min(microbatches_per_step, -(-len(self._packs) // world)))
+        self._epoch: tuple[int, NDArray[numpy.int64], NDArray[numpy.int64]] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps until every sequence has been seen."""
+        return -(-len(self._packs) // (self.microbatches * self._world))
+
+    @property
+    def num_packs(self) -> int:
+        """Micro-batches that one epoch takes, over all ranks."""
+        return len(self._packs)
+
+    def step(self, index: int) -> "list[Batch]":
+        """The micro-batches of this rank at a step, counted from 0."""
+        first = (index * self.microbatches) * self._world + self._rank
+        return [collate(self._pack(first + k * self._world)) for k in range(self.microbatches)]
+
+    def _pack(self, place: int) -> list[Sequence]:
+        epoch, number = divmod(place, len(self._packs))
+        order, packs = self._orders(epoch)
+        return [self._corpus[int(order[rank])] for rank in self._packs[packs[number]]]
+
+    def _orders(self, epoch: int) -> tuple[NDArray[numpy.int64], NDArray[numpy.int64]]:
+        """Sequences from long to short with equals shuffled, and the packs shuffled; the last epoch asked for is kept."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            random = numpy.random.default_rng((self._seed, epoch))
+            shuffled = random.permutation(len(self._corpus))
+            order = shuffled[numpy.argsort(-self._lengths[shuffled], kind="stable")]
+            self._epoch = epoch, order, random.permutation(len(self._packs))
+        return self._epoch[1:]

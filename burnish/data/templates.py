@@ -1,0 +1,223 @@
+"""Chat templates: Jinja in a sandbox, with the functions and whitespace rules that transformers gives them.
+
+Imports no torch.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from burnish.data.tokenizer import Tokenizer
+from burnish.types import Message
+
+OPEN, CLOSE = "\ue100\ue1fe", "\ue1fe\ue100"
+"""Private-use characters that mark a generation block while its place is looked for; no text has them in this order."""
+
+
+class RefusedConversation(ValueError):
+    """The template declined a conversation (`raise_exception`): it takes no system turn, say."""
+
+
+class ChatTemplate:
+    """A chat template bound to the special tokens of a tokenizer."""
+
+    def __init__(self, source: str | None, tokenizer: Tokenizer, name: str = "the tokenizer's own") -> None:
+        self.source = source
+        """The Jinja text; None when the tokenizer ships none: an error only once a conversation is to be written."""
+        self.name = name
+        self.fingerprint = hashlib.sha256((source or "").encode()).hexdigest()[:32]
+        self._tokenizer = tokenizer
+        self._plain = self._marked = None
+        if source is not None:
+            try:
+                self._plain, self._marked = (_environment(marked).from_string(source) for marked in (False, True))
+            except jinja2.TemplateSyntaxError as error:
+                raise ValueError(
+                    f"the chat template ({name}) has an error at line {error.lineno}: {error.message}"
+                ) from None
+
+    @classmethod
+    def open(cls, setting: str, tokenizer: Tokenizer) -> "ChatTemplate":
+        """The template that `model.template` asks for: `auto`, a name, or a .jinja file.
+
+        Raises ValueError for an unknown name, a missing file, or a template whose marks this tokenizer does not have.
+        """
+        if setting == "auto":
+            return cls(tokenizer.chat_template, tokenizer)
+        if setting in NAMED_TEMPLATES:
+            return cls(_named_source(setting, tokenizer), tokenizer, setting)
+        path = Path(setting)
+        if path.suffix != ".jinja":
+            raise ValueError(
+                f"model.template={setting} is not known; write one of auto, {', '.join(NAMED_TEMPLATES)}, or FILE.jinja"
+            )
+        try:
+            return cls(path.read_text(encoding="utf-8"), tokenizer, setting)
+        except OSError as error:
+            raise ValueError(f"model.template={setting} cannot be read: {error.strerror or error}") from None
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """The conversation as text, special tokens included.
+
+        Raises RefusedConversation when the template declines it, ValueError when there is no template or it fails.
+        """
+        return self._run(self._plain, messages, tools, add_generation_prompt)
+
+    def missing(self) -> str:
+        """What to tell a user whose conversations need a template that the tokenizer does not ship."""
+        return (
+            f"the tokenizer in {self._tokenizer.folder} ships no chat template: write model.template="
+            f"{'|'.join(NAMED_TEMPLATES)} or model.template=FILE.jinja"
+        )
+
+    def generation_spans(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[tuple[int, int]]:
+        """Where in the rendered text the template's own `{% generation %}` blocks stand; empty when it has none."""
+        if self.source is None or "generation" not in self.source:
+            return []
+        text = self._run(self._marked, messages, tools, False)
+        return list(_spans(text))
+
+    def _run(
+        self,
+        compiled: jinja2.Template | None,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+    ) -> str:
+        if compiled is None:
+            raise ValueError(self.missing())
+        try:
+            return compiled.render(
+                messages=[{"role": m.role, "content": m.content, **m.extra} for m in messages],
+                tools=list(tools) or None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._tokenizer.special,
+            )
+        except _Declined as declined:
+            raise RefusedConversation(str(declined)) from None
+        except Exception as error:  # a template is a program, and may fail in any way a program can
+            raise ValueError(f"the chat template ({self.name}) fails: {type(error).__name__}: {error}") from None
+
+
+class _Declined(jinja2.TemplateError):
+    """What `raise_exception` raises."""
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %} ... {% endgeneration %}` prints its body, between marks if the environment asks for them."""
+
+    tags = frozenset({"generation"})  # pyright: ignore[reportAssignmentType] # jinja annotates the base's class variable as a set
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_write"), [], [], body).set_lineno(line)
+
+    def _write(self, caller: Any) -> str:
+        body: str = caller()
+        return f"{OPEN}{body}{CLOSE}" if self.environment.globals["generation_marks"] else body
+
+
+def _environment(marked: bool) -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    known: dict[str, Any] = {"raise_exception": _decline, "strftime_now": _now, "generation_marks": marked}
+    for name, value in known.items():
+        environment.globals[name] = value
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as it stands: Jinja's own filter would escape <, > and & for HTML and sort the keys."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _decline(message: str) -> None:
+    raise _Declined(message)
+
+
+def _now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def _spans(text: str) -> Iterator[tuple[int, int]]:
+    """From and to of each marked block, counted in the text without its marks."""
+    place, start = 0, 0
+    while (found := text.find(OPEN, place)) >= 0:
+        before = start + found - place
+        end = text.index(CLOSE, found)
+        start = before + end - found - len(OPEN)
+        yield before, start
+        place = end + len(CLOSE)
+
+
+def _named_source(name: str, tokenizer: Tokenizer) -> str:
+    source = NAMED_TEMPLATES[name]
+    if name == "chatml":
+        missing = [mark for mark in ("<|im_start|>", "<|im_end|>") if tokenizer.id_of(mark) is None]
+        if missing:
+            raise ValueError(
+                f"model.template=chatml: {' and '.join(missing)} are no tokens of the tokenizer in {tokenizer.folder}; "
+                "write model.template=alpaca or vicuna, which need no tokens of their own"
+            )
+    elif tokenizer.eos_id is None:
+        raise ValueError(
+            f"model.template={name} ends responses with eos_token, which the tokenizer in {tokenizer.folder} has not"
+        )
+    return ("{{ bos_token }}" if tokenizer.adds_bos else "") + source
+
+
+NAMED_TEMPLATES = {
+    "chatml": (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+    "alpaca": (
+        "{% if messages[0].role != 'system' %}{{ 'Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\\n\\n' }}{% endif %}"
+        "{% for message in messages %}"
+        "{% if message.role == 'system' %}{{ message.content + '\\n\\n' }}"
+        "{% elif message.role == 'user' %}{{ '### Instruction:\\n' + message.content + '\\n\\n' }}"
+        "{% elif message.role == 'assistant' %}{{ '### Response:\\n' + message.content + eos_token + '\\n\\n' }}"
+        "{% else %}{{ raise_exception('the alpaca template has no tool turns') }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
+    ),
+    "vicuna": (
+        "{% if messages[0].role != 'system' %}"
+        "{{ 'A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user\\'s questions. ' }}{% endif %}"
+        "{% for message in messages %}"
+        "{% if message.role == 'system' %}{{ message.content + ' ' }}"
+        "{% elif message.role == 'user' %}{{ 'USER: ' + message.content }}"
+        "{% elif message.role == 'assistant' %}{{ ' ASSISTANT: ' + message.content + eos_token }}"
+        "{% else %}{{ raise_exception('the vicuna template has no tool turns') }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+    ),
+}
+"""Templates by name, for tokenizers that ship none; {{ bos_token }} goes in front where the tokenizer adds one."""
