@@ -177,8 +177,9 @@ class Run:
 
     def _restore(self) -> None:
         newest = checkpoints.newest_checkpoint(self._checkpoint_folder)
-        if newest is None:
-            return  # killed before its first checkpoint: the beginning is where it goes on
+        if newest is None:  # stopped before its first checkpoint: it goes on from the beginning
+            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+            return
         tensors, state = checkpoints.load_checkpoint(newest)
         for name, parameter in self.learner.parameters.items():
             parameter.data.copy_(laid_like(tensors["weights"][name], parameter.data))
