@@ -12,9 +12,12 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from burnish.data.corpus import Corpus
+from burnish.data.repair import DROPS, REPAIRS
 
 PLACES_SHOWN = 10
 """How many rows a finding names."""
+PLAIN = "none (plain text)"
+"""What the audit names as the template of data without conversations."""
 BAR = 40
 """The width of the longest bar of the histogram."""
 
@@ -33,7 +36,18 @@ class Finding:
     def line(self) -> str:
         """The count and the places, as in `3 rows: a.jsonl:4, a.jsonl:9, ...`."""
         more = ", ..." if self.count > len(self.places) else ""
-        return f"{self.count} {'row' if self.count == 1 else 'rows'}: {', '.join(self.places)}{more}"
+        return f"{self.count} {'row' if self.count == 1 else 'rows'}: {', '.join(_short(self.places))}{more}"
+
+
+MEANINGS = {
+    **REPAIRS,
+    **DROPS,
+    "too_long": "more tokens than data.max_length",
+    "untrained": "no token has a weight",
+    "template_refused": "the chat template does not take such a conversation",
+    "also_in_training": "a training row asks the same",
+}
+"""What the names of findings mean."""
 
 
 class Tally:
@@ -127,6 +141,7 @@ class Audit:
     """Rows cut into several sequences because they were too long."""
     lengths: Lengths
     responses: int
+    """Responses (or plain texts) that are trained on."""
     ended: int
     """Responses whose end token is trained."""
     end_tokens: tuple[str, ...]
@@ -156,14 +171,14 @@ class Audit:
         kept = self.held_out.rows + total(self.held_out.dropped) if self.held_out.shared else 0
         sides = f"{self.rows_out:,} to train on + {kept:,} held out + {dropped:,} dropped"
         yield f"rows        {self.rows_in:,} in = {sides}"
-        yield from (f"  dropped   {name}: {_told(finding)}" for name, finding in self.dropped.items())
-        yield from (f"  repaired  {name}: {_told(finding)}" for name, finding in self.repaired.items())
+        yield from _told("dropped", self.dropped)
+        yield from _told("repaired", self.repaired)
         if self.split.count:
             yield f"  split     {self.split.line()}"
         if self.duplicates.count:
             yield f"  repeated  {self.duplicates.line()} (kept)"
         yield f"held out    {self.held_out.how}"
-        yield from (f"  dropped   {name}: {_told(finding)}" for name, finding in self.held_out.dropped.items())
+        yield from _told("dropped", self.held_out.dropped)
         yield from self._token_lines()
         yield from (f"note        {note}" for note in self.notes)
 
@@ -174,7 +189,9 @@ class Audit:
         yield f"tokens      {lengths.tokens:,} = {trained} + {lengths.context:,} context"
         if self.responses:
             ends = f"{self.ended / self.responses:.1%} end in {' or '.join(self.end_tokens) or 'an end token'}"
-            yield f"responses   {self.responses:,} trained on ({self.train_on}), {ends}; template: {self.template}"
+            what = "texts" if self.template == PLAIN else "responses"
+            yield f"{what:<11} {self.responses:,} trained on ({self.train_on}), {ends}"
+            yield f"template    {self.template}"
         spread = f"{lengths.shortest:,} to {lengths.longest:,} tokens, {lengths.mean:,.1f} on average"
         yield f"lengths     {spread}, {lengths.sequences:,} sequences"
         most = max((count for _, count in lengths.histogram), default=0)
@@ -218,8 +235,19 @@ def _histogram(lengths: NDArray[numpy.int64]) -> tuple[tuple[int, int], ...]:
     return tuple(zip(bounds, counts, strict=True))
 
 
-def _told(finding: Finding) -> str:
-    return finding.line() + (f'; for instance "{finding.example}"' if finding.example else "")
+def _short(places: tuple[str, ...]) -> list[str]:
+    """Places without the file's name where it is that of the place before: `a.jsonl:4, :9`."""
+    files = [place.rstrip("0123456789]").rstrip(":[") for place in places]
+    return [
+        place[len(file) :] if number and file == files[number - 1] else place
+        for number, (place, file) in enumerate(zip(places, files, strict=True))
+    ]
+
+
+def _told(fate: str, findings: Mapping[str, Finding]) -> Iterator[str]:
+    for name, finding in findings.items():
+        yield f"  {fate:<9} {name}: {MEANINGS.get(name, name)}"
+        yield f"            {finding.line()}" + (f' ("{finding.example}")' if finding.example else "")
 
 
 def total(findings: Mapping[str, Finding]) -> int:

@@ -1,9 +1,9 @@
 """From a conversation to token ids with a weight for each: what is trained on, found by rendering. Imports no torch.
 
 The template is a program that nobody here has read, so the mask comes from asking it: a response starts where the
-conversation before it, with the generation prompt, ends, and it ends where the conversation up to it ends. Both renders
-must be prefixes of the render of the whole conversation, which is tokenised once; the tokens' character offsets then say
-which belong to a response.
+conversation before it, with the generation prompt, ends, and it ends where the conversation up to it ends. Both
+renders must be prefixes of the render of the whole conversation, which is tokenised once; the tokens' character
+offsets then say which belong to a response.
 """
 
 from bisect import bisect_left
@@ -61,7 +61,7 @@ def prompt_ids(
 
 
 def end_ids(tokenizer: Tokenizer, template: ChatTemplate) -> frozenset[int]:
-    """Where generation should stop: the tokens that the checkpoint names, and the one this template ends responses with."""
+    """Where generation should stop: at the tokens that the checkpoint names, or the one that closes a turn."""
     if template.source is None:
         return tokenizer.end_ids
     probe = Example((Message("user", "Hello"), Message("assistant", "Hello")))
@@ -133,7 +133,7 @@ def _weighted_turns(messages: Sequence[Message], train_on: str) -> Iterator[tupl
 def _turn_spans(
     example: Example, template: ChatTemplate, text: str, turns: Sequence[int]
 ) -> tuple[dict[int, tuple[int, int]], tuple[str, ...]]:
-    """Where each of these turns stands in the text, by prefixes or, if those do not hold, by the template's own marks."""
+    """Where each of these turns stands in the text: by prefixes or, if those do not hold, by the template's marks."""
     try:
         remarks: list[str] = []
         spans = {turn: _span(example, template, text, turn, remarks) for turn in turns}
@@ -186,8 +186,8 @@ class _Diverges(Exception):
         place = _shared(prefix, text)
         near = slice(max(0, place - 20), place + 30)
         super().__init__(
-            f"the chat template ({template.name}) writes earlier turns differently once later ones follow, so turn {turn} "
-            f"cannot be found in the text: the first {count} turns alone give ...{prefix[near]!r}, within the whole "
+            f"the chat template ({template.name}) writes earlier turns differently once later ones follow, "
+            f"so turn {turn} cannot be found in the text: the first {count} turns alone give ...{prefix[near]!r}, within the whole "
             f"conversation they give ...{text[near]!r}; write data.train_on=last_assistant, which needs only the last "
             "response, or another model.template"
         )

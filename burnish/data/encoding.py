@@ -32,8 +32,8 @@ class Encoder:
     def encode(self, sources: Sequence[Source], progress: Progress | None = None) -> None:
         """Tokenise these rows.
 
-        Raises ValueError for a template that cannot be used and, where the settings ask for it, for rows that are too long
-        or have nothing to train on.
+        Raises ValueError for a template that cannot be used and, where the settings ask for it, for rows that are too
+        long or have nothing to train on.
         """
         if self._template.source is None and any(isinstance(source.example, Example) for source in sources):
             raise ValueError(self._template.missing())
@@ -109,6 +109,6 @@ class Encoder:
         if not self._data.allow_untrained and "untrained" in self._dropped:
             found = self._dropped.finding("untrained")
             raise ValueError(
-                f"{found.line()} have nothing to train on with data.train_on={self._data.train_on} (every weight is 0); "
-                "write data.allow_untrained=true to drop them"
+                f"{found.line()} have nothing to train on with data.train_on={self._data.train_on} (every weight "
+                "is 0); write data.allow_untrained=true to drop them"
             )

@@ -95,7 +95,7 @@ def _read_lines(path: Path) -> Iterator[Row]:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    """A list of objects, or an object whose only list is the rows. A file of lines under a .json name is read by lines."""
+    """A list of objects, or an object whose only list is the rows; lines of objects under a .json name will do."""
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     first = content.lstrip().split(b"\n", 1)
     if len(first) == 2 and first[1].strip() and first[0].startswith(b"{") and _is_json(first[0]):

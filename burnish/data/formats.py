@@ -36,8 +36,8 @@ class Format:
 def recognise(rows: Sequence[Mapping[str, Any]], origins: Sequence[str] = ()) -> str:
     """The name of the one format that all these rows have.
 
-    Raises ValueError when they fit two (showing both readings) or none (showing the columns found and the known formats),
-    or when some row fits no format that the first one fits (naming that row).
+    Raises ValueError when they fit two (showing both readings) or none (showing the columns found and the known
+    formats), or when some row fits no format that the first one fits (naming that row).
     """
     assert rows
     fits = {name: [format.fits(row) for row in rows] for name, format in FORMATS.items()}

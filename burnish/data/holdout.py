@@ -31,10 +31,10 @@ def prompt_key(example: Reading | Prompt) -> str:
 def choose_held_out(examples: Sequence[Reading], fraction: float, seed: int) -> set[int]:
     """Places of the rows to hold out: about this fraction, decided by a hash of the seed and of what the row asks.
 
-    Rows that ask the same stay on the same side, so that no held-out row has a twin in training. A question with more rows
-    than are to be held out stays in training. The order of the rows does not matter.
+    Rows that ask the same stay on the same side, so that no held-out row has a twin in training. A question with more
+    rows than are to be held out stays in training. The order of the rows does not matter.
     """
-    wanted = round(fraction * len(examples)) or int(fraction > 0 and len(examples) > 1)
+    wanted = round(fraction * len(examples))
     groups: dict[str, list[int]] = defaultdict(list)
     for place, example in enumerate(examples):
         groups[prompt_key(example)].append(place)

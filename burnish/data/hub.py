@@ -18,9 +18,9 @@ def is_hub_id(name: str) -> bool:
 def split_files(names: Sequence[str], split: str, source: str) -> list[str]:
     """Those of a data set's files that hold a split, in order.
 
-    A file belongs to the split that its name or a folder names (`train-00000-of-00001.parquet`, `test/0.jsonl`); in a data
-    set whose files name no split all of them are `train`. Raises ValueError when none belongs, or when they belong to
-    several subsets.
+    A file belongs to the split that its name or a folder names (`train-00000-of-00001.parquet`, `test/0.jsonl`); in a
+    data set whose files name no split all of them are `train`. Raises ValueError when none belongs, or when they
+    belong to several subsets.
     """
     by_split: dict[str | None, list[str]] = {}
     for name in sorted(names):

@@ -15,10 +15,9 @@ if TYPE_CHECKING:
 def pack(lengths: "Listed[int] | NDArray[numpy.int64]", budget: int) -> list[list[int]]:
     """Groups of indices whose lengths add up to at most `budget` each: best fit, longest first, over all of them.
 
-    Each sequence goes to the pack with the least room that still takes it. Packs are kept by their room, and the rooms in
-    use are the bits of one integer, so that finding the best fit is a shift and a lowest set bit: a million sequences take
-    a few seconds.
-    Raises ValueError when one sequence alone is over the budget.
+    Each sequence goes to the pack with the least room that still takes it. Packs are kept by their room, and the
+    rooms in use are the bits of one integer, so that finding the best fit is a shift and a lowest set bit: a million
+    sequences take a few seconds. Raises ValueError when one sequence alone is over the budget.
     """
     order = numpy.argsort(-numpy.asarray(lengths, numpy.int64), kind="stable").tolist()
     sizes = numpy.asarray(lengths, numpy.int64).tolist()
@@ -53,7 +52,8 @@ def efficiency(lengths: "Listed[int] | NDArray[numpy.int64]", budget: int) -> tu
 def collate(sequences: Listed[Sequence]) -> "Batch":
     """The sequences laid end to end as one batch.
 
-    Position t predicts the token after it, so its weight is that token's; the last position of a sequence predicts nothing.
+    Position t predicts the token after it, so its weight is that token's; the last position of a sequence predicts
+    nothing.
     """
     import torch
 

@@ -1,4 +1,7 @@
-"""From settings to sequences: read, recognise, repair, hold out, tokenise, and account for every row. Imports no torch."""
+"""From settings to sequences: read, recognise, repair, hold out, tokenise, and account for every row.
+
+Imports no torch.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -6,7 +9,7 @@ from pathlib import Path
 
 from burnish.config import DataSettings, EvaluateSettings
 from burnish.data import cache as stored_data
-from burnish.data.audit import Audit, Finding, HeldOut, Tally, measure, total
+from burnish.data.audit import PLAIN, Audit, Finding, HeldOut, Tally, measure, total
 from burnish.data.corpus import Corpus
 from burnish.data.encoding import Encoder
 from burnish.data.files import EMBEDDED, digest, has_split
@@ -78,6 +81,29 @@ def prepare(
     return made
 
 
+def prepare_evaluation(
+    data: DataSettings, tokenizer: Tokenizer, template: ChatTemplate, prompts: int, seed: int
+) -> tuple[Corpus, list[Prompt]]:
+    """All rows of a data set for evaluation alone: sequences, and so many prompts; the embedded data's held-out rows.
+
+    Raises ValueError as `prepare` does.
+    """
+    dropped = Tally()
+    splits = EMBEDDED_HELD_OUT if data.path == EMBEDDED and data.split == "train" else (data.split,)
+    sources: list[Source] = []
+    asked: list[Prompt] = []
+    for split in splits:
+        rows = read_sources(data.path, split, data, dropped, Tally(), data.format)
+        sources += rows.sources
+        asked += [prompt for _, _, prompt in rows.prompts]
+    encoder = Encoder(data, tokenizer, template, dropped)
+    encoder.encode(sources)
+    if not encoder.rows and not asked:
+        raise ValueError(f"no row of {joined(data.path)} is left to evaluate on: {_reasons(dropped)}")
+    asked += [to_prompt(source.example, source.task) for source in sources if isinstance(source.example, Example)]
+    return encoder.corpus(), choose_prompts(asked, prompts, seed)
+
+
 def _prepare(
     data: DataSettings,
     evaluate: EvaluateSettings,
@@ -95,7 +121,7 @@ def _prepare(
     encoder = Encoder(data, *text, dropped)
     encoder.encode(train, step)
     if not encoder.rows:
-        raise ValueError(f"no row of {joined(data.path)} is left to train on: {_reasons(rows.count, dropped)}")
+        raise ValueError(f"no row of {joined(data.path)} is left to train on: {_reasons(dropped)}")
     evaluation = Encoder(data, *text, held_out_dropped)
     evaluation.encode(kept.sources, step)
     asked = [to_prompt(source.example, source.task) for source in kept.sources if isinstance(source.example, Example)]
@@ -105,7 +131,7 @@ def _prepare(
         source=joined(data.path),
         format=rows.format,
         reading=rows.reading,
-        template=text[1].name if any(isinstance(s.example, Example) for s in train) else "none (plain text)",
+        template=text[1].name if any(isinstance(s.example, Example) for s in train) else PLAIN,
         train_on=data.train_on,
         rows_in=rows.count,
         rows_out=encoder.rows,
@@ -135,7 +161,7 @@ def _hold_out(
         return sources, _other_rows(evaluate.path, splits, sources, data, dropped)
     chosen = choose_held_out([source.example for source in sources], evaluate.fraction, seed)
     if not chosen:
-        return sources, _Kept([], [], "nothing")
+        return sources, _Kept([], [], f"nothing: evaluate.fraction={evaluate.fraction:g} of {len(sources)} rows")
     held = [source for place, source in enumerate(sources) if place in chosen]
     how = f"{len(held):,} of these rows, chosen by a hash with seed {seed}; rows that ask the same stay together"
     return [source for place, source in enumerate(sources) if place not in chosen], _Kept(held, [], how, shared=True)
@@ -146,10 +172,8 @@ def _other_rows(path: str, splits: tuple[str, ...], train: list[Source], data: D
     known = {prompt_key(source.example) for source in train}
     kept: list[Source] = []
     prompts: list[Prompt] = []
-    count = 0
     for split in splits:
         rows = read_sources(path, split, data, dropped, Tally())
-        count += rows.count
         for source in rows.sources:
             if prompt_key(source.example) in known:
                 dropped.add("also_in_training", source.row, source.place)
@@ -161,13 +185,13 @@ def _other_rows(path: str, splits: tuple[str, ...], train: list[Source], data: D
             else:
                 prompts.append(prompt)
     if not kept and not prompts:
-        raise ValueError(f"no row of evaluate.path={path} is left to evaluate on: {_reasons(count, dropped)}")
+        raise ValueError(f"no row of evaluate.path={path} is left to evaluate on: {_reasons(dropped)}")
     name = path if path != EMBEDDED else f"{path} ({', '.join(splits)})"
     return _Kept(kept, prompts, f"{len(kept) + len(prompts):,} rows of {name}, none asking what a training row asks")
 
 
 def _evaluation_split(path: str, split: str) -> tuple[str, ...]:
-    """Which splits of evaluate.path to read: of a data set in several files its test split, else its validation split."""
+    """Which splits of evaluate.path to read: of a data set in several files its test split, else validation."""
     if path == EMBEDDED:
         return EMBEDDED_HELD_OUT
     if is_remote(path) or Path(path).is_dir():
@@ -177,9 +201,8 @@ def _evaluation_split(path: str, split: str) -> tuple[str, ...]:
     return (split,)
 
 
-def _reasons(count: int, dropped: Tally) -> str:
-    found = "; ".join(f"{name} {finding.line()}" for name, finding in dropped.findings().items())
-    return f"{count} rows in; dropped: {found}"
+def _reasons(dropped: Tally) -> str:
+    return "; ".join(f"{name} {finding.line()}" for name, finding in dropped.findings().items())
 
 
 def _described(kept: _Kept, encoder: Encoder, corpus: Corpus, prompts: int, dropped: Tally) -> HeldOut:
@@ -215,7 +238,7 @@ def _notes(data: DataSettings, encoder: Encoder, tokenizer: Tokenizer, sources: 
         yield f"the template prints no end token after a response: {ends} was added to {encoder.ends_added} rows"
     if encoder.ends - tokenizer.end_ids:
         names = _names(tokenizer, encoder.ends - tokenizer.end_ids)
-        yield f"responses end in {names}, which the checkpoint does not name as an end token: generation must stop there"
+        yield f"responses end in {names}, not among the checkpoint's own end tokens: generation must stop there too"
     if encoder.responses > encoder.ended:
         open_ends = encoder.responses - encoder.ended
         yield f"{open_ends} responses are trained without an end token, as the template prints none there"

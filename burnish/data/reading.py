@@ -8,7 +8,7 @@ from burnish.data.audit import Tally
 from burnish.data.files import EMBEDDED, READERS, Row, read_rows
 from burnish.data.formats import FORMATS, Reading, announce, check_format, disagreement, recognise, task_of
 from burnish.data.hub import is_hub_id
-from burnish.data.repair import DROPS, repair
+from burnish.data.repair import repair
 from burnish.types import Example, Prompt, Text
 
 SAMPLE = 100
@@ -61,7 +61,7 @@ def read_sources(
             dropped.add(result.rules[0], number, place, _opening(reading))
         elif result.example is None:
             assert result.dropped is not None
-            dropped.add(result.dropped, number, place, DROPS[result.dropped])
+            dropped.add(result.dropped, number, place, _opening(reading))
         else:
             for rule in result.rules:
                 repaired.add(rule, number, place, _opening(reading))

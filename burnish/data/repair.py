@@ -33,7 +33,7 @@ DROPS = {
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """What became of a row: the clean example, or None with the reason it was dropped; and the rules that changed it."""
+    """What became of a row: the clean example, or None with the reason; and the rules that changed it."""
 
     example: Example | Text | None
     rules: tuple[str, ...] = ()
@@ -65,9 +65,9 @@ def whole_unicode(text: str) -> str:
 def plain_text(text: str) -> str:
     """A message of a web export without its HTML.
 
-    A message that is HTML from its first tag to its last becomes Markdown: paragraphs, breaks, lists, headings, emphasis,
-    code. In any other message only entities are decoded, and only if it does not talk about HTML or XML itself. Fenced
-    and inline code stays as it is.
+    A message that is HTML from its first tag to its last becomes Markdown: paragraphs, breaks, lists, headings,
+    emphasis, code. In any other message only entities are decoded, and only if it does not talk about HTML or XML
+    itself. Fenced and inline code stays as it is.
     """
     stripped = text.strip()
     if _DOCUMENT.match(stripped) and stripped.endswith(">"):

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class Stream:
     """An endless supply of steps over a data set, epoch after epoch, each in an order of its own.
 
-    What a step holds depends on its number alone, so a resumed run needs nothing else to go on. The shapes of the packs are
-    found once; an epoch shuffles which of the equally long sequences fill them, and the order of the packs. Epochs run into
-    each other: the step in which one ends takes its remaining micro-batches from the next.
+    What a step holds depends on its number alone, so a resumed run needs nothing else to go on. The shapes of the
+    packs are found once; an epoch shuffles which of the equally long sequences fill them, and the order of the packs.
+    Epochs run into each other: the step in which one ends takes its remaining micro-batches from the next.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Stream:
         return [self._corpus[int(order[rank])] for rank in self._packs[packs[number]]]
 
     def _orders(self, epoch: int) -> tuple[NDArray[numpy.int64], NDArray[numpy.int64]]:
-        """Sequences from long to short with equals shuffled, and the packs shuffled; the last epoch asked for is kept."""
+        """Sequences from long to short with equals shuffled, and the packs shuffled; one epoch is kept."""
         if self._epoch is None or self._epoch[0] != epoch:
             random = numpy.random.default_rng((self._seed, epoch))
             shuffled = random.permutation(len(self._corpus))

@@ -167,7 +167,7 @@ def _add_missing(backend: tokenizers.Tokenizer, config: dict[str, Any], special:
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """The folder's default template: chat_template.jinja, else the entry of tokenizer_config.json, be it a named list."""
+    """The folder's default template: chat_template.jinja, else tokenizer_config.json's entry, be it a named list."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
