@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -38,6 +39,8 @@ class _LiveBytes(TorchDispatchMode):
         return result
 
     def _count(self, tensor: Tensor) -> None:
+        if isinstance(tensor, DTensor):  # a wrapper without memory of its own: the rank's piece is what it holds
+            tensor = tensor.detach().to_local()
         storage = tensor.untyped_storage()
         key, size = storage.data_ptr(), storage.nbytes()
         if not size or key in self.seen:

@@ -1,0 +1,92 @@
+"""Two gloo ranks that share every weight between them (FSDP2) learn what one process learns."""
+
+import json
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny import tiny_folder
+
+METHODS = {
+    "full": ["model.storage=full"],
+    "qlora": ["model.storage=nf4", "adapter.rank=4", "run.checkpointing=true"],
+}
+
+
+def train(words: list[str], rank: int, world: int, port: int) -> None:
+    """One rank of a run, as torchrun would start it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    from burnish.cli import main
+
+    raise SystemExit(main(["sft", *words]))
+
+
+def run(words: list[str], world: int) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["burnish.recipes.sft", "burnish.engine.run", "burnish.evaluate.judge"])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    processes = [context.Process(target=train, args=(words, rank, world, port)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * world
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    tiny_folder(folder / "model")
+    rows = [{"instruction": f"say {i} plus {i * i}", "output": "ab " * (i % 7) + "end"} for i in range(60)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def words(base: Path, folder: Path, *more: str) -> list[str]:
+    shared = [f"model.path={base / 'model'}", f"data.path={base / 'data.jsonl'}", f"run.folder={folder}"]
+    shared += ["run.step_tokens=512", "run.microbatch_tokens=128", "data.max_length=128", "run.device=cpu"]
+    return [*shared, "optim.lr=0.001", "save.every=2", "evaluate.every=2", "save.trackers=[]", *more]
+
+
+def curve(folder: Path) -> list[tuple[float, ...]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(line[name] for name in ("loss", "grad_norm", "tokens", "mean_token_accuracy")) for line in lines]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_equal_one(base, tmp_path, method):
+    for world in (1, 2):
+        run(words(base, tmp_path / str(world), "run.steps=4", *METHODS[method]), world)
+    one, two = curve(tmp_path / "1"), curve(tmp_path / "2")
+    assert len(one) == 4
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=2e-5, atol=1e-6)
+    kind = "model/model.safetensors" if method.startswith("full") else "adapter/adapter_model.safetensors"
+    ours, expected = load_file(tmp_path / "2" / kind), load_file(tmp_path / "1" / kind)
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-2, atol=2e-4)
+
+
+def test_two_ranks_resume_where_they_stopped(base, tmp_path):
+    whole, parted = words(base, tmp_path / "whole", "run.steps=4"), words(base, tmp_path / "parted", "run.steps=4")
+    run(whole, 2)
+    run(parted, 2)
+    for name in ("step-00000004", "metrics.jsonl", "after.json"):  # back to the checkpoint of step 2
+        path = tmp_path / "parted" / ("checkpoints/" + name if name.startswith("step") else name)
+        if path.is_dir():
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
+        elif path.suffix == ".json":
+            path.unlink()
+    run([*parted, "save.resume=true"], 2)
+    assert curve(tmp_path / "parted") == curve(tmp_path / "whole")
