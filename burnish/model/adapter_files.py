@@ -47,7 +47,7 @@ def save_adapter(model: nn.Module, name: str, folder: Path, base: str, tokenizer
     with written_aside(folder) as aside:
         save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
         (aside / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for file in _TOKENIZER_FILES:
+        for file in TOKENIZER_FILES:
             if tokenizer_folder is not None and (tokenizer_folder / file).is_file():
                 shutil.copyfile(tokenizer_folder / file, aside / file)
 
@@ -151,8 +151,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             )
         if key not in _UNDERSTOOD and value not in _NEUTRAL:
             raise ValueError(f"{file}: {key}={value} is not supported")
-    if "target_modules" not in config:
-        raise ValueError(f"{file}: target_modules is missing")
+    if not isinstance(config.get("target_modules"), list | str):
+        raise ValueError(f"{file}: target_modules must be a list of names or a regular expression")
+    for key, lowest in (("r", 1), ("lora_alpha", 0), ("lora_dropout", 0)):
+        value = config.get(key, 1)
+        if not isinstance(value, int | float) or value < lowest or (key == "r" and value != int(value)):
+            raise ValueError(f"{file}: {key}={value} must be a number, at least {lowest}")
     return config
 
 
@@ -301,7 +305,7 @@ _NEUTRAL: tuple[Any, ...] = (None, False, "none", {}, [])
 
 _INITS_THAT_LEAVE_THE_BASE_ALONE: tuple[Any, ...] = (True, False, None, "gaussian", "eva", "orthogonal")
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "merges.txt", "tokenizer.model"),
 )
