@@ -103,8 +103,10 @@ def reference_dequantise(
     pairs = _pairs(codes.device)
     dense = torch.empty(count, dtype=dtype, device=codes.device)
     for first, last in _slices(absmax_N.numel()):
-        values = pairs.index_select(0, codes[first * BLOCK // 2 : last * BLOCK // 2].int()).reshape(-1)
-        values = F.pad(values, (0, -values.numel() % BLOCK)).view(-1, BLOCK) * absmax_N[first:last].unsqueeze(1)
+        values = pairs.index_select(0, codes[first * BLOCK // 2 : last * BLOCK // 2].int()).view(torch.float32)
+        if values.numel() < (last - first) * BLOCK:
+            values = F.pad(values, (0, -values.numel() % BLOCK))
+        values = values.view(-1, BLOCK).mul_(absmax_N[first:last].unsqueeze(1))
         target = dense[first * BLOCK : last * BLOCK]
         target.copy_(values.view(-1)[: target.numel()])
     return dense.view(shape)
@@ -198,9 +200,9 @@ def _midpoints(device: torch.device) -> Tensor:
 
 @cache
 def _pairs(device: torch.device) -> Tensor:
-    """The two levels that each of the 256 bytes stands for."""
+    """The two levels that each of the 256 bytes stands for, as one 64-bit number: one look-up finds both."""
     levels = _levels(device)
-    return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
+    return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1).view(torch.float64).squeeze(1)
 
 
 @cache

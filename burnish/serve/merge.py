@@ -32,6 +32,7 @@ def merge(
     onto: Literal["weights", "nf4"] = "weights",
     tokens: tuple[int, ...] = (),
     double_quant: bool = True,
+    check: bool = True,
 ) -> dict[str, Any]:
     """Write base and adapter as one model folder in Hugging Face layout; the report on what merging changed.
 
@@ -41,6 +42,7 @@ def merge(
 
     The report compares, on `tokens` (none: random ones), the logits of the merged model with those of the base and
     the adapter beside it: largest and mean difference, KL divergence, share of tokens with the same best next token.
+    That loads first the one, then the other; `check=False` does without, where memory is short.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -51,6 +53,9 @@ def merge(
         with written_aside(out) as aside:
             _write_shards(merger, aside)
             _write_rest(base, adapter, aside)
+    report: dict[str, Any] = {"out": str(out), "onto": onto, "layers": len(merger.parts)}
+    if not check:
+        return report
     if not tokens:
         generator = torch.Generator().manual_seed(0)
         tokens = tuple(torch.randint(config.vocab_size, (64,), generator=generator).tolist())
@@ -58,14 +63,13 @@ def merge(
     storage = "nf4" if onto == "nf4" or merger.quantised else "bf16" if merger.dtype == torch.bfloat16 else "fp32"
     unmerged = _logits(base, storage, batch, adapter, double_quant)
     merged = _logits(out, "bf16" if merger.dtype == torch.bfloat16 else "fp32", batch)
-    report = {"out": str(out), "onto": onto, "layers": len(merger.parts), "tokens": len(tokens)}
-    return report | compare(unmerged, merged)
+    return report | {"tokens": len(tokens)} | compare(unmerged, merged)
 
 
 def compare(unmerged: Float[Tensor, "T V"], merged: Float[Tensor, "T V"]) -> dict[str, float]:
     """How far the second logits are from the first: differences, KL(first ‖ second) in nats, share of equal argmax."""
     difference = (merged - unmerged).abs()
-    first, second = unmerged.log_softmax(dim=-1), merged.log_softmax(dim=-1)
+    first, second = unmerged.double().log_softmax(dim=-1), merged.double().log_softmax(dim=-1)
     return {
         "max_abs_logit_error": float(difference.max()),
         "mean_abs_logit_error": float(difference.mean()),
