@@ -1,6 +1,7 @@
 """Tokens per second and peak memory of one training step on a CUDA device, random weights of a real shape.
 
 python benchmarks/sft.py [shape=llama-2-7b] [storage=nf4] [adapter=lora] [checkpointing=false] [sequences=4] [length=2048]
+                         [commit=HASH] [note=TEXT]
 
 Every token is scored, sequences have one length, LoRA has rank 16 on all linear layers: the work that the peers in
 `results.csv` were given. The time of a step is the median after warm-up, device synchronised at both ends; the peak is
@@ -80,7 +81,7 @@ def main(words: list[str]) -> None:
     write_row(
         {
             "date": datetime.now(UTC).date().isoformat(),
-            "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
+            "commit": asked.get("commit") or current_commit(),
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "benchmark": "sft",
@@ -101,6 +102,12 @@ def main(words: list[str]) -> None:
     )
 
 
+def current_commit() -> str:
+    """The short hash of the commit that is measured; empty outside a git checkout."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def random_batch(num_sequences: int, length: int, vocab_size: int, seed: int) -> Batch:
     """Sequences of random ids on the device, every token scored."""
     generator = torch.Generator().manual_seed(seed)
@@ -113,7 +120,7 @@ def write_row(row: dict[str, object]) -> None:
     print(" ".join(f"{key}={value}" for key, value in row.items()))
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(row)
