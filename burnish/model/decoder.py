@@ -108,7 +108,7 @@ class Decoder(nn.Module):
         cache.advance(cache.lengths_S + 1)
         return self._logits(hidden_SD, adapter)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the decoder block; blocks of one kind share what is compiled."""
         padded = self._padded()
         for layer in self.model.layers:
@@ -116,7 +116,7 @@ class Decoder(nn.Module):
                 # Padded rows differ from batch to batch: as part of the graph they would compile it anew for each.
                 attention = cast(SelfAttention, layer.self_attn)
                 attention.attend = cast(Attend, torch.compiler.disable(attention.attend))
-            layer.compile()
+            layer.compile(backend=backend)
         self.compiled = True
 
     def _run(self, tokens_T: Tensor, given: Pass, adapter: str | None) -> Tensor:
