@@ -187,8 +187,8 @@ class _Diverges(Exception):
         near = slice(max(0, place - 20), place + 30)
         super().__init__(
             f"the chat template ({template.name}) writes earlier turns differently once later ones follow, "
-            f"so turn {turn} cannot be found in the text: the first {count} turns alone give ...{prefix[near]!r}, within the whole "
-            f"conversation they give ...{text[near]!r}; write data.train_on=last_assistant, which needs only the last "
+            f"so turn {turn} cannot be found in the text: the first {count} turns alone give ...{prefix[near]!r}, "
+            f"within the whole conversation they give ...{text[near]!r}; write data.train_on=last_assistant, which needs only the last "
             "response, or another model.template"
         )
 

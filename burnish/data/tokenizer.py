@@ -100,13 +100,13 @@ class Tokenizer:
         return None if token is None else self._backend.token_to_id(token)
 
     def _ends_added(self) -> tuple[bool, bool]:
-        """Whether plain text gets a beginning and an end token. The settings outrank the post-processor."""
-        if "add_bos_token" in self._config or "add_eos_token" in self._config:
-            bos, eos = bool(self._config.get("add_bos_token")), bool(self._config.get("add_eos_token"))
-        else:
-            ids: list[int] = self._backend.encode("").ids
-            bos, eos = self.bos_id in ids[:1], self.eos_id in ids[-1:] and (self.eos_id != self.bos_id or len(ids) > 1)
-        return bos and self.bos_id is not None, eos and self.eos_id is not None
+        """Whether plain text gets a beginning and an end token.
+
+        The post-processor decides; as in transformers, `add_bos_token` beside a tokenizer.json does not.
+        """
+        ids: list[int] = self._backend.encode("").ids
+        bos, eos = self.bos_id in ids[:1], self.eos_id in ids[-1:] and (self.eos_id != self.bos_id or len(ids) > 1)
+        return bos, eos
 
 
 def read_json(path: Path) -> dict[str, Any]:
