@@ -4,12 +4,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import groupby
+from itertools import groupby, pairwise
 
-from burnish.report.units import compact
+from burnish.report.units import MINUS, compact
 
 NUM_STYLES = 8
 """How many colours and dash patterns the page's stylesheet tells apart."""
+
+CHARACTER = 6.2
+"""About how wide a digit is, in units of the picture."""
 
 Point = tuple[float, float]
 
@@ -56,38 +59,44 @@ def line_chart(
     One point is drawn as a dot; without any finite point the picture says that there is no data.
     """
     finite = [point for line in series for point in line.points if all(map(math.isfinite, point))]
-    head = f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(_describe(series, title))}">'
+    head = _head(width, height, _describe(series, title))
     if not finite:
         middle = f'x="{width / 2:g}" y="{height / 2:g}" text-anchor="middle"'
         return f"{head}<text {middle}>no data</text></svg>"
-    y_ticks = nice_ticks(min(y for _, y in finite), max(y for _, y in finite), 5)
-    left = 14 + 6.2 * max(len(compact(tick)) for tick in y_ticks)
     x_low, x_high = min(x for x, _ in finite), max(x for x, _ in finite)
+    y_low, y_high = min(y for _, y in finite), max(y for _, y in finite)
+    y_ticks = nice_ticks(y_low, y_high, 5)
+    top = y_high + 0.03 * (y_high - y_ticks[0]) if y_high > y_low else y_ticks[-1]
+    y_ticks = [tick for tick in y_ticks if tick <= top]
     spread = (x_low, x_high) if x_high > x_low else (x_low - 0.5, x_high + 0.5)
-    frame = Frame(width, height, left, spread, (y_ticks[0], y_ticks[-1]))
-    x_ticks = [t for t in nice_ticks(x_low, x_high, max(2, int(width / 80))) if x_low <= t <= x_high and t == int(t)]
+    frame = Frame(width, height, _margin(y_ticks), spread, (y_ticks[0], top))
+    x_ticks = [t for t in nice_ticks(x_low, x_high, max(2, int(width / 50))) if x_low <= t <= x_high and t == int(t)]
     lines = [_line(line, frame) for line in sorted(series, key=lambda line: not line.faint)]
     return head + _axes(frame, x_ticks, y_ticks, x_label) + "".join(lines) + "</svg>"
 
 
-def bar_chart(bars: Sequence[tuple[str, float]], title: str, x_label: str, width: float = 400, height: float = 150) -> str:
+def bar_chart(
+    bars: Sequence[tuple[str, float]], title: str, x_label: str, width: float = 400, height: float = 150
+) -> str:
     """A bar for each (label, count), from left to right; labels are thinned where they would touch."""
     highest = max((value for _, value in bars), default=0.0)
     words = f"{title}: " + ", ".join(f"{label}: {compact(value)}" for label, value in bars)
-    head = f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(words)}">'
+    head = _head(width, height, words)
     if highest <= 0:
         return f'{head}<text x="{width / 2:g}" y="{height / 2:g}" text-anchor="middle">no data</text></svg>'
     ticks = nice_ticks(0, highest, 3)
-    left = 14 + 6.2 * max(len(compact(tick)) for tick in ticks)
-    frame = Frame(width, height, left, (0, len(bars)), (0, ticks[-1]))
-    every = max(1, math.ceil(len(bars) * 6.2 * (max(len(label) for label, _ in bars) + 2) / (width - left)))
+    frame = Frame(width, height, _margin(ticks), (0, len(bars)), (0, ticks[-1]))
+    longest = max(len(label) for label, _ in bars)
+    every = max(1, math.ceil(len(bars) * CHARACTER * (longest + 2) / (width - frame.left)))
     parts = [_axes(frame, [], ticks, x_label)]
     for i, (label, value) in enumerate(bars):
         (x0, bottom), (x1, top) = frame.place((i + 0.08, 0)), frame.place((i + 0.92, value))
         box = f'x="{_n(x0)}" y="{_n(top)}" width="{_n(x1 - x0)}" height="{_n(bottom - top)}"'
         parts.append(f'<rect class="bar" {box}><title>{escape(label)}: {compact(value)}</title></rect>')
         if i % every == 0:
-            parts.append(f'<text x="{_n((x0 + x1) / 2)}" y="{_n(bottom + 14)}" text-anchor="middle">{escape(label)}</text>')
+            parts.append(
+                f'<text x="{_n((x0 + x1) / 2)}" y="{_n(bottom + 14)}" text-anchor="middle">{escape(label)}</text>'
+            )
     return head + "".join(parts) + "</svg>"
 
 
@@ -104,17 +113,25 @@ def nice_ticks(low: float, high: float, target: int) -> list[float]:
     return [round(k * step, digits) for k in range(first, last + 1)]
 
 
-def smooth(points: Sequence[Point], span: float) -> list[Point]:
-    """The exponential moving average over about `span` points, without bias at the start; gaps stay gaps."""
-    keep = 1 - 1 / max(1.0, span)
-    total = weight = 0.0
+def tick_labels(ticks: Sequence[float]) -> list[str]:
+    """Ticks as text, all with as many digits after the point as their step needs."""
+    largest = max(map(abs, ticks))
+    if len(ticks) < 2 or largest >= 10_000 or largest < 0.001:
+        return [compact(tick) for tick in ticks]
+    digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+    return [f"{tick:,.{digits}f}".replace("-", MINUS) for tick in ticks]
+
+
+def smooth(points: Sequence[Point], span: int) -> list[Point]:
+    """Each point moved onto the straight line that fits best through the `span` points around it; gaps stay gaps.
+
+    Unlike a running mean this neither lags behind a steep curve nor bends at its ends.
+    """
     found: list[Point] = []
-    for x, y in points:
-        if math.isfinite(y):
-            total, weight = keep * total + (1 - keep) * y, keep * weight + (1 - keep)
-            found.append((x, total / weight))
-        else:
-            found.append((x, math.nan))
+    for i, (x, y) in enumerate(points):
+        start = max(0, min(i - span // 2, len(points) - span))
+        near = [(x_near, y_near) for x_near, y_near in points[start : start + span] if math.isfinite(y_near)]
+        found.append((x, _fit(near, x) if math.isfinite(y) else math.nan))
     return found
 
 
@@ -124,19 +141,32 @@ def thin(points: Sequence[Point], limit: int) -> list[Point]:
         return list(points)
     edges = [len(points) * i // limit for i in range(limit + 1)]
     found: list[Point] = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         good = [y for _, y in points[start:stop] if math.isfinite(y)]
         found.append((points[stop - 1][0], math.fsum(good) / len(good) if good else math.nan))
     return found
 
 
+def _head(width: float, height: float, words: str) -> str:
+    """The start of a picture that says in words what it shows."""
+    return f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(words)}">'
+
+
+def _fit(points: Sequence[Point], at: float) -> float:
+    """The value at `at` of the line of least squares through the points."""
+    mean_x, mean_y = (math.fsum(values) / len(points) for values in zip(*points, strict=True))
+    variance = math.fsum((x - mean_x) ** 2 for x, _ in points)
+    slope = math.fsum((x - mean_x) * (y - mean_y) for x, y in points) / variance if variance else 0.0
+    return mean_y + slope * (at - mean_x)
+
+
 def _axes(frame: Frame, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str) -> str:
     right, bottom = frame.width - frame.RIGHT, frame.height - frame.BOTTOM
     parts: list[str] = []
-    for tick in y_ticks:
+    for tick, label in zip(y_ticks, tick_labels(y_ticks), strict=True):
         y = frame.place((frame.x[0], tick))[1]
         parts.append(f'<path class="rule" d="M{_n(frame.left)} {_n(y)}H{_n(right)}"/>')
-        parts.append(f'<text x="{_n(frame.left - 6)}" y="{_n(y + 3.5)}" text-anchor="end">{compact(tick)}</text>')
+        parts.append(f'<text x="{_n(frame.left - 6)}" y="{_n(y + 3.5)}" text-anchor="end">{label}</text>')
     for tick in x_ticks:
         x = frame.place((tick, frame.y[0]))[0]
         parts.append(f'<path class="tick" d="M{_n(x)} {_n(bottom)}v4"/>')
@@ -146,6 +176,11 @@ def _axes(frame: Frame, x_ticks: Sequence[float], y_ticks: Sequence[float], x_la
     return "".join(parts) + f'<text class="label" {middle}>{escape(x_label)}</text>'
 
 
+def _margin(y_ticks: Sequence[float]) -> float:
+    """Room for the labels at the left."""
+    return 10 + CHARACTER * max(map(len, tick_labels(y_ticks)))
+
+
 def _line(line: Series, frame: Frame) -> str:
     name = f"s{line.style % NUM_STYLES}" + (" faint" if line.faint else "")
     path: list[str] = []
@@ -153,8 +188,7 @@ def _line(line: Series, frame: Frame) -> str:
     for good, stretch in groupby(line.points, key=lambda point: all(map(math.isfinite, point))):
         if good:
             placed = list(stretch)
-            xy = [frame.place(point) for point in placed]
-            path.append("M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in xy))
+            path.append(_path([frame.place(point) for point in placed]))
             dots += placed if line.dots or len(placed) == 1 else []
     drawn = f'<path class="line {name}" d="{"".join(path)}"/>' if path else ""
     return drawn + "".join(_dot(point, line.label, name, frame) for point in dots)
@@ -174,6 +208,14 @@ def _describe(series: Sequence[Series], title: str) -> str:
         if values and not line.faint:
             words.append(f"{line.label} from {compact(values[0])} to {compact(values[-1])}")
     return f"{title}: " + ("; ".join(words) or "no data")
+
+
+def _path(places: Sequence[Point]) -> str:
+    """A polyline, each point told from the one before: half the length of telling where each is."""
+    tenths = [(round(10 * x), round(10 * y)) for x, y in places]
+    steps = [f"{_n((x1 - x0) / 10)} {_n((y1 - y0) / 10)}" for (x0, y0), (x1, y1) in pairwise(tenths)]
+    start = f"M{_n(tenths[0][0] / 10)} {_n(tenths[0][1] / 10)}"
+    return start + ("l" + " ".join(steps) if steps else "")
 
 
 def _n(value: float) -> str:

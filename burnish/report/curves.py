@@ -8,7 +8,7 @@ from typing import Any
 from burnish.report.charts import Point, Series, line_chart, smooth, thin
 from burnish.report.folders import RunFolder
 
-MOST_POINTS = 160
+MOST_POINTS = 120
 """Points of a line in the page: more than the eye sees at its width."""
 
 SMOOTH_FROM = 30
@@ -39,52 +39,47 @@ class Curves:
 def draw_curves(runs: Sequence[RunFolder], names: Sequence[str]) -> Curves:
     """Every curve that some run has points for, all runs in one picture."""
     logged = {name for run in runs for line in run.metrics for name, value in line.items() if _is_number(value)}
-    others = sorted(logged - TRAINED.keys() - HELD_OUT.keys() - STEPS.keys() - AXES)
-    spans = [_span(_logged(run, "loss")) for run in runs]
+    others = {name: name for name in sorted(logged - TRAINED.keys() - HELD_OUT.keys() - STEPS.keys() - AXES)}
+    longest = max((_span(_logged(run, "loss")) for run in runs), default=1)
     return Curves(
-        main=[
-            *_figures(TRAINED, [[_logged(r, key) for r in runs] for key in TRAINED], names, smoothed=True),
-            *_figures(HELD_OUT, [[_held_out(r, key) for r in runs] for key in HELD_OUT], names, dots=True),
-        ],
-        steps=_figures(STEPS, [[_logged(r, key) for r in runs] for key in STEPS], names, small=True),
-        more=_figures({k: k for k in others}, [[_logged(r, key) for r in runs] for key in others], names, small=True),
-        smoothed=round(max(spans, default=0)) if max(spans, default=0) > 1 else 0,
+        main=_figures(TRAINED, runs, names) + _figures(HELD_OUT, runs, names),
+        steps=_figures(STEPS, runs, names, small=True),
+        more=_figures(others, runs, names, small=True),
+        smoothed=longest if longest > 1 else 0,
     )
 
 
 def _figures(
-    titles: dict[str, str],
-    points: Sequence[Sequence[Sequence[Point]]],
-    names: Sequence[str],
-    smoothed: bool = False,
-    dots: bool = False,
-    small: bool = False,
+    titles: dict[str, str], runs: Sequence[RunFolder], names: Sequence[str], small: bool = False
 ) -> list[Figure]:
-    """A figure for each title that has a finite point; points are by title, then by run."""
+    """A figure for each metric that some run has a finite value of."""
     width, height = (280, 170) if small else (400, 230)
     found: list[Figure] = []
-    for title, lines in zip(titles.values(), points, strict=True):
-        series = [s for i, line in enumerate(lines) if line for s in _series(line, names[i], i, smoothed, dots)]
+    for key, title in titles.items():
+        series = [line for i, run in enumerate(runs) for line in _series(run, key, names[i], i)]
         if any(math.isfinite(y) for line in series for _, y in line.points):
             found.append(Figure(title, line_chart(series, title, width=width, height=height)))
     return found
 
 
-def _series(points: Sequence[Point], name: str, style: int, smoothed: bool, dots: bool) -> list[Series]:
-    if not smoothed or len(points) < SMOOTH_FROM:
-        return [Series(name, tuple(thin(points, MOST_POINTS)), style, dots=dots)]
+def _series(run: RunFolder, key: str, name: str, style: int) -> list[Series]:
+    """The lines of one run: smoothed, as logged, or with dots where it was measured now and then."""
+    if key in HELD_OUT:
+        return [Series(name, tuple(thin(_held_out(run, key), MOST_POINTS)), style, dots=True)]
+    points = _logged(run, key)
+    if key not in SMOOTHED or _span(points) == 1:
+        return [Series(name, tuple(thin(points, MOST_POINTS)), style)]
     line = thin(smooth(points, _span(points)), MOST_POINTS)
     return [Series(name, tuple(line), style), Series(name, tuple(thin(points, MOST_POINTS)), style, faint=True)]
 
 
-def _span(points: Sequence[Point]) -> float:
-    return len(points) / 25 if len(points) >= SMOOTH_FROM else 1.0
+def _span(points: Sequence[Point]) -> int:
+    """Over how many points a line is smoothed: an odd number, 1 for a short line."""
+    return len(points) // 40 * 2 + 3 if len(points) >= SMOOTH_FROM else 1
 
 
 def _logged(run: RunFolder, name: str) -> list[Point]:
     return [(line["step"], line[name]) for line in run.metrics if _is_number(line.get(name)) and "step" in line]
-
-
 
 
 def _held_out(run: RunFolder, name: str) -> list[Point]:
@@ -106,5 +101,14 @@ def _is_number(value: Any) -> bool:
 TRAINED = {"loss": "Training loss", "mean_token_accuracy": "Token accuracy in training"}
 HELD_OUT = {"eval_loss": "Held-out loss", "eval_general_loss": "Loss on general text"}
 STEPS = {"learning_rate": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_second": "Tokens per second"}
-AXES = {"step", "num_tokens", "seconds", "memory_bytes", "eval_perplexity", "eval_mean_token_accuracy", "eval_num_tokens"}
+SMOOTHED = {"loss", "mean_token_accuracy", "grad_norm", "tokens_per_second"}
+AXES = {
+    "step",
+    "num_tokens",
+    "seconds",
+    "memory_bytes",
+    "eval_perplexity",
+    "eval_mean_token_accuracy",
+    "eval_num_tokens",
+}
 """Other axes, and what says the same as a curve that is drawn."""

@@ -41,7 +41,9 @@ def read_run(folder: Path) -> RunFolder:
         )
     rows = _read_json(path)
     if not isinstance(rows, list) or len(cast(list[Any], rows)) != 1:
-        raise ValueError(f"{path} does not hold the one row of a run; name the folders of single runs, not of a comparison")
+        raise ValueError(
+            f"{path} does not hold the one row of a run; name the folders of single runs, not of a comparison"
+        )
     return RunFolder(
         path=folder,
         row=_mapping(cast(list[Any], rows)[0], path),
@@ -82,8 +84,10 @@ def _read_audit(path: Path) -> Audit | None:
     tree = _read_mapping(path)
     try:
         return Audit.from_dict(tree) if tree else None
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no audit of this version of Burnish: {error!r}; delete it to leave it out") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no audit of this version of Burnish ({' '.join(str(error).split())}); delete it to leave it out"
+        ) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

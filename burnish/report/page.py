@@ -2,19 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 import burnish
 from burnish.data.audit import Audit
 from burnish.report.charts import NUM_STYLES, bar_chart
 from burnish.report.curves import draw_curves
-from burnish.report.folders import RunFolder, labels, read_run
+from burnish.report.folders import Row, RunFolder, labels, read_run
 from burnish.report.settings import flat, side_by_side
 from burnish.report.table import bases, columns
-from burnish.report.units import count, duration, listing, percent
+from burnish.report.units import ABSENT, count, duration, listing, percent
 from burnish.report.verdicts import Model, pair_samples, task_groups
 
 OPEN_SAMPLES = 6
@@ -33,25 +32,32 @@ def write_page(folders: Sequence[Path], out: Path, title: str) -> Path:
     runs = [read_run(folder) for folder in folders]
     rows = [run.row for run in runs]
     names = labels(rows)
-    trained = [Model(name, f"s{i % NUM_STYLES}", run.after) for i, (name, run) in enumerate(zip(names, runs, strict=True))]
+    trained = [
+        Model(name, f"s{i % NUM_STYLES}", run.after) for i, (name, run) in enumerate(zip(names, runs, strict=True))
+    ]
     models = [Model(base.label, "base", runs[base.run].before) for base in bases(rows)] + trained
     row_names, found = columns(rows)
-    html = _environment().get_template("page.html.jinja").render(
-        title=title,
-        summary=summary(runs, names),
-        trained=trained,
-        models=models,
-        row_names=row_names,
-        columns=found,
-        curves=draw_curves(runs, names),
-        tasks=task_groups(models),
-        samples=pair_samples(models),
-        open_samples=OPEN_SAMPLES,
-        audits=_distinct_audits(runs, names),
-        settings=side_by_side([run.config for run in runs]),
-        environment=side_by_side([run.environment for run in runs]),
-        folders=folders,
-        version=burnish.__version__,
+    html = (
+        _environment()
+        .get_template("page.html.jinja")
+        .render(
+            title=title,
+            summary=summary(runs, names),
+            trained=trained,
+            models=models,
+            row_names=row_names,
+            columns=found,
+            curves=draw_curves(runs, names),
+            tasks=task_groups(models),
+            samples=pair_samples(models),
+            open_samples=OPEN_SAMPLES,
+            audits=_distinct_audits(runs, names),
+            settings=side_by_side([run.config for run in runs]),
+            environment=side_by_side([run.environment for run in runs]),
+            folders=folders,
+            absent=ABSENT,
+            version=burnish.__version__,
+        )
     )
     out.write_text(html, encoding="utf-8")
     return out
@@ -59,29 +65,48 @@ def write_page(folders: Sequence[Path], out: Path, title: str) -> Path:
 
 def summary(runs: Sequence[RunFolder], names: Sequence[str]) -> list[str]:
     """What was done and what came of it: two sentences made of what the files say, where they say it."""
-    sentences: list[str] = []
+    return [sentence for sentence in (_task(runs), _outcome(runs, names)) if sentence]
+
+
+def _task(runs: Sequence[RunFolder]) -> str:
+    """From which base, on which data, how long, where: as far as it is the same for all runs."""
     model, data, device = (_shared(runs, name) for name in ("model.path", "data.path", "device"))
-    if model:
-        totals = [total for run in runs if (total := run.row.get("total_parameters"))]
-        size = f" ({count(min(totals))} parameters)" if totals else ""
-        tokens = [run.metrics[-1].get("num_tokens", 0) for run in runs if run.metrics]
-        trained = f", {count(max(tokens))} tokens each" if len(tokens) > 1 else f", {count(sum(tokens))} tokens"
-        times = listing([duration(run.row.get("seconds", 0)) for run in runs])
-        what = listing(list(names)) + f" of {model}{size}" + (f" on {data}" if data else "")
-        sentences.append(f"{what}{trained if any(tokens) else ''}: {times} of training{f' on {device}' if device else ''}.")
-    return sentences + _outcome(runs, names)
+    if not model:
+        return ""
+    sizes = [size for run in runs if (size := _base_parameters(run.row))]
+    tokens = {count(run.metrics[-1].get("num_tokens", 0)) for run in runs if run.metrics}
+    parts = [f"{len(runs)} runs from " if len(runs) > 1 else "From "]
+    parts.append("the embedded base" if model == "embedded" else model)
+    parts.append(f" ({count(min(sizes))} parameters)" if sizes else "")
+    parts.append(f" on {'the embedded data' if data == 'embedded' else data}" if data else "")
+    parts.append(f", {tokens.pop()} tokens{' each' if len(runs) > 1 else ''}" if len(tokens) == 1 else "")
+    parts.append(f" in {duration(runs[0].row.get('seconds', 0))}" if len(runs) == 1 else "")
+    parts.append(f", on {device}" if device else "")
+    return "".join(parts) + "."
 
 
-def _outcome(runs: Sequence[RunFolder], names: Sequence[str]) -> list[str]:
+def _outcome(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
     """What changed from before to after, by the first headline number that every run has."""
     starts = bases([run.row for run in runs])
     for key, words in HEADLINES.items():
         after = [run.row.get("metrics", {}).get(key) for run in runs]
-        if len(starts) == 1 and None not in after and (before := runs[starts[0].run].row["before"].get(key)) is not None:
-            told = _loss if key == "eval_loss" else percent
-            ends = [f"{told(value)} with {name}" if len(names) > 1 else told(value) for value, name in zip(after, names, strict=True)]
-            return [f"{words}: {told(before)} before, {listing(ends)}{'' if len(names) > 1 else ' after'}."]
-    return []
+        before = runs[starts[0].run].row["before"].get(key) if len(starts) == 1 else None
+        if before is None or None in after:
+            continue
+        told = "{:.3f}".format if key == "eval_loss" else percent
+        if len(runs) == 1:
+            return f"{words}: {told(before)} before, {told(after[0])} after."
+        ends = [
+            f"{told(value)} with {name.replace('Full', 'full', 1)}" for value, name in zip(after, names, strict=True)
+        ]
+        return f"{words}: {told(before)} before; {listing(ends)}."
+    return ""
+
+
+def _base_parameters(row: Row) -> int:
+    """The weights of the model without its adapter; 0 when the row does not say."""
+    total, trainable = row.get("total_parameters") or 0, row.get("trainable_parameters") or 0
+    return total - trainable if trainable < total else total
 
 
 def _shared(runs: Sequence[RunFolder], name: str) -> str | None:
@@ -107,13 +132,16 @@ def _histogram(audit: Audit) -> Markup:
     return Markup(bar_chart(bars, "Sequences by length", "tokens in the sequence, at most"))
 
 
-def _loss(value: float) -> str:
-    return f"{value:.3f}"
+def _breakable(name: str) -> Markup:
+    """A name that may break after an underscore, for narrow screens."""
+    return Markup(escape(name).replace("_", Markup("_<wbr>")))
 
 
 def _environment() -> jinja2.Environment:
     loader = jinja2.PackageLoader("burnish", "report")
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters.update(percent=percent, number="{:,}".format, svg=Markup)
-    environment.globals.update(histogram=_histogram)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters.update(percent=percent, number="{:,}".format, svg=Markup, breakable=_breakable)
+    environment.filters.update(histogram=_histogram)
     return environment

@@ -59,7 +59,9 @@ def compare(folders: Sequence[Path], out: Path, title: str | None = None) -> lis
     if not folders:
         raise ValueError("there is no run to compare: write runs=[runs/a,runs/b]")
     if (out / "config.yaml").exists():
-        raise ValueError(f"out={out} is the folder of a run, whose own report this would replace; write another out=DIR")
+        raise ValueError(
+            f"out={out} is the folder of a run, whose own report this would replace; write another out=DIR"
+        )
     rows = [read_run(folder).row for folder in folders]
     out.mkdir(parents=True, exist_ok=True)
     _write_rows(out, rows)
@@ -77,7 +79,9 @@ def num_parameters(model: "nn.Module") -> int:
     total, counted = 0, set[int]()
     for module in model.modules():
         stored: Any = getattr(module, "stored", None)
-        parts = {id(parameter) for parameter in stored.parameters()} if stored is not None else set[int]()
+        if stored is None:
+            continue
+        parts = {id(parameter) for parameter in stored.parameters()}
         if parts - counted:
             total += math.prod(stored.shape)
             counted |= parts

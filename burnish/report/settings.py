@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from burnish.report.units import ABSENT
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -19,7 +21,7 @@ def side_by_side(trees: Sequence[Mapping[str, Any]]) -> Settings:
     different: list[tuple[str, list[str]]] = []
     shared: list[tuple[str, str]] = []
     for name in dict.fromkeys(name for values in flats for name in values):
-        texts = [_text(values[name]) if name in values else "–" for values in flats]
+        texts = [_text(values[name]) if name in values else ABSENT for values in flats]
         if len(set(texts)) == 1:
             shared.append((name, texts[0]))
         else:

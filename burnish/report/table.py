@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from burnish.report.folders import Row, labels
-from burnish.report.units import count, duration, percent, signed, size
+from burnish.report.units import ABSENT, TIMES, count, duration, percent, signed, size
 
 FULL = "Full fine-tuning"
 BASE = "Base model"
-ABSENT = "–"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,22 +98,49 @@ def _kinds(rows: Sequence[Row]) -> list[_Kind]:
     """Every column that there can be, in order."""
     full = next((row["seconds"] for row in rows if row["method"] == FULL and row.get("seconds")), None)
     relative = full is not None and len(rows) > 1
-    when = "time (× full)" if relative else "time"
+    when = f"time ({TIMES} full)" if relative else "time"
 
     def time(seconds: float, _: Row) -> str:
-        return duration(seconds) + (f" ({seconds / full:.2f}×)" if relative and full else "")
+        return duration(seconds) + (f" ({seconds / full:.2f}{TIMES})" if relative and full else "")
 
     def trainable(number: float, row: Row) -> str:
         total = row.get("total_parameters")
         return count(number) + (f" ({percent(number / total)})" if total else "")
 
     return [
-        _Kind("trainable parameters", "trainable", "Weights that training changed, and their share of all weights.", _top("trainable_parameters"), trainable),
-        _Kind("peak memory", "peak memory", "The most memory that tensors held at once in a training step.", _top("peak_memory_bytes"), lambda v, _: size(v), min),
+        _Kind(
+            "trainable parameters",
+            "trainable",
+            "Weights that training changed, and their share of all weights.",
+            _top("trainable_parameters"),
+            trainable,
+        ),
+        _Kind(
+            "peak memory",
+            "peak memory",
+            "The most memory that tensors held at once in a training step.",
+            _top("peak_memory_bytes"),
+            lambda v, _: size(v),
+            min,
+        ),
         _Kind(when, when, "Time spent in training steps.", _top("seconds"), time, min),
-        _Kind("held-out loss", "held-out loss", "Mean loss per token on rows kept out of training, in nats; lower is better.", _metric("eval_loss"), _loss, min),
+        _Kind(
+            "held-out loss",
+            "held-out loss",
+            "Mean loss per token on rows kept out of training, in nats; lower is better.",
+            _metric("eval_loss"),
+            _loss,
+            min,
+        ),
         *_accuracies(rows),
-        _Kind("forgetting", "forgetting", "Rise of the loss on general text, in nats a token; 0 is nothing forgotten.", _forgetting, lambda v, _: signed(v), min),
+        _Kind(
+            "forgetting",
+            "forgetting",
+            "Rise of the loss on general text, in nats a token; 0 is nothing forgotten.",
+            _forgetting,
+            lambda v, _: signed(v),
+            min,
+        ),
     ]
 
 
@@ -122,14 +148,46 @@ def _accuracies(rows: Sequence[Row]) -> list[_Kind]:
     """Accuracy on seen and unseen families where the two were told apart, else over all, else of single tokens."""
     measured = {name for row in rows for source in ("metrics", "before") for name in row.get(source) or {}}
     kinds = [
-        _Kind("accuracy, seen families", "seen acc.", "Share of held-out prompts answered right, from families of tasks that were trained on.", _metric("eval_exact_match_seen"), _share, max),
-        _Kind("accuracy, unseen families", "unseen acc.", "Share of prompts answered right, from families of tasks that were never trained on.", _metric("eval_exact_match_unseen"), _share, max),
+        _Kind(
+            "accuracy, seen families",
+            "seen acc.",
+            "Share of held-out prompts answered right, from families of tasks that were trained on.",
+            _metric("eval_exact_match_seen"),
+            _share,
+            max,
+        ),
+        _Kind(
+            "accuracy, unseen families",
+            "unseen acc.",
+            "Share of prompts answered right, from families of tasks that were never trained on.",
+            _metric("eval_exact_match_unseen"),
+            _share,
+            max,
+        ),
     ]
     if measured & {"eval_exact_match_seen", "eval_exact_match_unseen"}:
         return kinds
     if "eval_exact_match" in measured:
-        return [_Kind("held-out accuracy", "accuracy", "Share of held-out prompts answered right.", _metric("eval_exact_match"), _share, max)]
-    return [_Kind("token accuracy", "token acc.", "Share of held-out tokens that the model would have picked.", _metric("eval_mean_token_accuracy"), _share, max)]
+        return [
+            _Kind(
+                "held-out accuracy",
+                "accuracy",
+                "Share of held-out prompts answered right.",
+                _metric("eval_exact_match"),
+                _share,
+                max,
+            )
+        ]
+    return [
+        _Kind(
+            "token accuracy",
+            "token acc.",
+            "Share of held-out tokens that the model would have picked.",
+            _metric("eval_mean_token_accuracy"),
+            _share,
+            max,
+        )
+    ]
 
 
 def _best(values: Sequence[float | None], num_bases: int, kind: _Kind) -> tuple[bool, ...]:
@@ -155,7 +213,10 @@ def _top(name: str) -> Callable[[Row], float | None]:
 
 
 def _metric(name: str) -> Callable[[Row], float | None]:
-    return lambda row: (row.get("metrics") or {}).get(name)
+    def value(row: Row) -> float | None:
+        return (row.get("metrics") or {}).get(name)
+
+    return value
 
 
 def _forgetting(row: Row) -> float | None:

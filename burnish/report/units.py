@@ -3,6 +3,11 @@
 import math
 from collections.abc import Sequence
 
+MINUS = "\N{MINUS SIGN}"
+TIMES = "\N{MULTIPLICATION SIGN}"
+ABSENT = "\N{EN DASH}"
+"""What stands where a number was not measured."""
+
 
 def size(num_bytes: float) -> str:
     """Bytes in B, KiB, MiB, GiB or TiB: `245 MiB`."""
@@ -41,7 +46,7 @@ def percent(share: float) -> str:
 def signed(value: float) -> str:
     """A change, to three digits after the point, with its sign: `+0.012`, `−0.300`."""
     text = f"{value:+.3f}"
-    return "0.000" if float(text) == 0 else text.replace("-", "−")
+    return "0.000" if float(text) == 0 else text.replace("-", MINUS)
 
 
 def compact(value: float) -> str:

@@ -48,7 +48,7 @@ class Sample:
 
 
 def task_groups(models: Sequence[Model]) -> list[TaskGroup]:
-    """Accuracy by task; families that training held out entirely (`unseen_tasks` of a verdict) come under their own heading."""
+    """Accuracy by task; tasks that no training row asked for (`unseen_tasks` of a verdict) are a group of their own."""
     names = sorted({task for model in models for task in model.verdict.get("by_task") or {}})
     unseen = {task for model in models for task in model.verdict.get("unseen_tasks") or ()}
     if not unseen & set(names):

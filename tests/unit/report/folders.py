@@ -11,10 +11,28 @@ import yaml
 from burnish.config import TrainingSettings, build, to_yaml
 from burnish.data.audit import Audit, Finding, HeldOut, Lengths
 
-SEEN = ("add", "compare", "convert_units", "count_letters", "first_letter", "largest", "opposite", "plural", "reverse", "sort")
+SEEN = (
+    "add",
+    "compare",
+    "convert_units",
+    "count_letters",
+    "first_letter",
+    "largest",
+    "opposite",
+    "plural",
+    "reverse",
+    "sort",
+)
 UNSEEN = ("alphabet_next", "double", "last_letter", "story_who")
 METHODS: dict[str, dict[str, Any]] = {
-    "full": {"method": "Full fine-tuning", "storage": "full", "kind": "none", "trainable": 3_412_224, "final": 0.41, "skill": 0.86},
+    "full": {
+        "method": "Full fine-tuning",
+        "storage": "full",
+        "kind": "none",
+        "trainable": 3_412_224,
+        "final": 0.41,
+        "skill": 0.86,
+    },
     "lora": {"method": "LoRA", "storage": "bf16", "kind": "lora", "trainable": 184_320, "final": 0.47, "skill": 0.82},
     "qlora": {"method": "QLoRA", "storage": "nf4", "kind": "lora", "trainable": 184_320, "final": 0.49, "skill": 0.8},
 }
@@ -49,7 +67,13 @@ def finished_run(folder: Path, kind: str = "lora", steps: int = 120, every: int 
         "run": {"folder": str(folder), "steps": steps},
     }
     (folder / "config.yaml").write_text(to_yaml(build(TrainingSettings, settings)))
-    place = {"burnish": "0.1.0", "python": "3.11.2", "packages": {"torch": "2.13.0"}, "device": "cpu (2 threads)", "cuda": None}
+    place = {
+        "burnish": "0.1.0",
+        "python": "3.11.2",
+        "packages": {"torch": "2.13.0"},
+        "device": "cpu (2 threads)",
+        "cuda": None,
+    }
     (folder / "environment.json").write_text(json.dumps(place | {"command": ["demo"]}))
     (folder / "audit.json").write_text(json.dumps(audit().as_dict()))
     lines = [_line(step, steps, about["final"], every, rng) for step in range(1, steps + 1)]
@@ -63,7 +87,9 @@ def bare_run(folder: Path, **row: Any) -> Path:
     """A run that left nothing but its row and its settings."""
     folder.mkdir(parents=True)
     bare = {"method": "LoRA", "trainable_parameters": 10, "total_parameters": 1000, "peak_memory_bytes": 2048}
-    (folder / "results.json").write_text(json.dumps([bare | {"seconds": 1.0, "metrics": {}, "before": {}, "run": folder.name} | row]))
+    (folder / "results.json").write_text(
+        json.dumps([bare | {"seconds": 1.0, "metrics": {}, "before": {}, "run": folder.name} | row])
+    )
     (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"path": "embedded"}}))
     return folder
 
@@ -82,11 +108,22 @@ def audit() -> Audit:
         repaired={"leading assistant turn": Finding(1, (12,), ("a.jsonl:13",), "Hello! How can I help?")},
         duplicates=Finding(2, (40, 41), ("a.jsonl:41", "a.jsonl:42")),
         split=Finding(0, (), ()),
-        lengths=Lengths(1620, 61_344, 18_208, 11, 183, 37.9, ((16, 88), (32, 702), (64, 655), (128, 160), (256, 15)), 2048, 30, 0.998),
+        lengths=Lengths(
+            1620,
+            61_344,
+            18_208,
+            11,
+            183,
+            37.9,
+            ((16, 88), (32, 702), (64, 655), (128, 160), (256, 15)),
+            2048,
+            30,
+            0.998,
+        ),
         responses=1620,
         ended=1620,
         end_tokens=("<|im_end|>",),
-        held_out=HeldOut("5% of these rows", 90, 90, 3400, 1010, 90),
+        held_out=HeldOut(how="5% of these rows", rows=90, sequences=90, tokens=3400, trained=1010, prompts=90),
         notes=("The template prints no end token after tool messages; one is added.",),
     )
 
@@ -99,21 +136,46 @@ def _line(step: int, steps: int, final: float, every: int, rng: random.Random) -
     line |= {"mean_token_accuracy": 1 - 0.9 * loss / 3.3, "tokens_per_second": 5200 + rng.gauss(0, 180)}
     line |= {"memory_bytes": 412_000_000, "seconds": 0.4 * step}
     if step % every == 0:
-        line |= {"eval_loss": final + 0.06 + (3.2 - final) * shape, "eval_perplexity": 2.0, "eval_general_loss": 2.103 + 0.1 * step / steps}
+        line |= {
+            "eval_loss": final + 0.06 + (3.2 - final) * shape,
+            "eval_perplexity": 2.0,
+            "eval_general_loss": 2.103 + 0.1 * step / steps,
+        }
     return line
 
 
 def _verdict(metrics: dict[str, float], skill: float, rng: random.Random) -> dict[str, Any]:
-    share = {task: min(1.0, max(0.0, round(rng.gauss(skill, 0.1) * (0.55 if task in UNSEEN else 1), 2))) for task in SEEN + UNSEEN}
+    share = {
+        task: min(1.0, max(0.0, round(rng.gauss(skill, 0.1) * (0.55 if task in UNSEEN else 1), 2)))
+        for task in SEEN + UNSEEN
+    }
     share = share if skill > 0.1 else dict.fromkeys(share, 0.0) | {"compare": 0.1}
     wrong = "the the cat is a the word cat the mat and the"
     samples = [
         _sample("reverse", "Write the word lantern backwards.", "nretnal", "nretnal" if skill > 0.1 else wrong),
         _sample("add", "What is 38 plus 47?", "85", "85" if skill > 0.81 else "75" if skill > 0.1 else ""),
-        _sample("story_who", "Read the story.\n\nMira took the red kite to the hill. Ben stayed at home with the dog.\n\nWho went to the hill?", "Mira", "Mira" if skill > 0.1 else wrong),
-        _sample("sort", f"Sort these words: pear, apple, {NASTY}, fig", "apple, fig, pear", "apple, fig, pear" if skill > 0.1 else "pear " * 30),
+        _sample(
+            "story_who",
+            "Read the story.\n\nMira took the red kite to the hill. Ben stayed at home.\n\nWho went to the hill?",
+            "Mira",
+            "Mira" if skill > 0.1 else wrong,
+        ),
+        _sample(
+            "sort",
+            f"Sort these words: pear, apple, {NASTY}, fig",
+            "apple, fig, pear",
+            "apple, fig, pear" if skill > 0.1 else "pear " * 30,
+        ),
     ]
-    samples += [_sample("count_letters", f"How many letters has the word {'kettle' * n}?", str(6 * n), str(6 * n) if rng.random() < skill else str(6 * n + 1)) for n in range(1, 7)]
+    samples += [
+        _sample(
+            "count_letters",
+            f"How many letters has the word {'kettle' * n}?",
+            str(6 * n),
+            str(6 * n) if rng.random() < skill else str(6 * n + 1),
+        )
+        for n in range(1, 7)
+    ]
     return {"metrics": metrics, "by_task": share, "unseen_tasks": list(UNSEEN), "samples": samples}
 
 
