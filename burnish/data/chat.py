@@ -185,11 +185,12 @@ class _Diverges(Exception):
     def __init__(self, template: ChatTemplate, turn: int, prefix: str, text: str, count: int) -> None:
         place = _shared(prefix, text)
         near = slice(max(0, place - 20), place + 30)
+        alone, within = f"...{prefix[near]!r}", f"...{text[near]!r}"
         super().__init__(
-            f"the chat template ({template.name}) writes earlier turns differently once later ones follow, "
-            f"so turn {turn} cannot be found in the text: the first {count} turns alone give ...{prefix[near]!r}, "
-            f"within the whole conversation they give ...{text[near]!r}; write data.train_on=last_assistant, which needs only the last "
-            "response, or another model.template"
+            f"the chat template ({template.name}) writes earlier turns differently once later ones follow, so turn "
+            f"{turn} cannot be found in the text: the first {count} turns alone give {alone}, the whole conversation "
+            f"gives {within}; write data.train_on=last_assistant, which needs only the last response, or another "
+            "model.template"
         )
 
 

@@ -150,10 +150,14 @@ class _Markdown(HTMLParser):
         self._lists: list[int | None] = []
         self._code = 0
         self._silent = 0
+        self._label: str | None = None
+        """What a code block says before its code: its language, unless no `<code>` follows."""
 
     def text(self) -> str:
         """What was written, without the blank lines that markup leaves."""
-        return re.sub(r"\n{3,}", "\n\n", "".join(self._out)).strip()
+        lines = "".join(self._out).strip().split("\n")
+        text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in lines))
+        return re.sub(rf"{_CODE_LINE}?\n```", "\n```", text).replace(_CODE_LINE, "\n")
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Open a tag."""
@@ -161,10 +165,12 @@ class _Markdown(HTMLParser):
             self._silent += 1
         elif tag == "pre":
             self._code += 1
-            self._out.append("\n\n```\n")
+            self._out.append("\n\n```")
+            self._label = ""
         elif tag == "code":
-            if not self._code:
-                self._out.append("`")
+            self._out.append("`" if not self._code else self._opened(self._label))
+        elif self._code:
+            return
         elif tag in ("ul", "ol"):
             self._lists.append(0 if tag == "ol" else None)
             self._out.append("\n")
@@ -179,10 +185,13 @@ class _Markdown(HTMLParser):
             self._silent = max(0, self._silent - 1)
         elif tag == "pre":
             self._code = max(0, self._code - 1)
-            self._out.append("\n```\n\n")
+            code = "" if self._label is None else _CODE_LINE + self._label.strip("\n").replace("\n", _CODE_LINE)
+            self._out.append(f"{code}\n```\n\n")
+            self._label = None
         elif tag == "code":
-            if not self._code:
-                self._out.append("`")
+            self._out.append("" if self._code else "`")
+        elif self._code:
+            return
         elif tag in ("ul", "ol"):
             if self._lists:
                 self._lists.pop()
@@ -192,8 +201,17 @@ class _Markdown(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         """Text between tags: as it is in code, with single spaces elsewhere."""
-        if not self._silent:
-            self._out.append(data if self._code else re.sub(r"\s+", " ", data) if data.strip() else " " * (" " in data))
+        if self._silent:
+            return
+        if self._code and self._label is not None:
+            self._label += data
+        else:
+            self._out.append(data.replace("\n", _CODE_LINE) if self._code else re.sub(r"\s+", " ", data))
+
+    def _opened(self, label: str | None) -> str:
+        """The end of the line that opens a code block, with the language before it."""
+        self._label = None
+        return f"{label.strip()}\n" if label is not None else ""
 
     def _bullet(self) -> str:
         depth = "  " * max(0, len(self._lists) - 1)
@@ -212,6 +230,8 @@ _DOCUMENT = re.compile(r"<(div|p|ul|ol|h[1-6]|pre|table|blockquote)(\s[^<>]*)?>"
 _ABOUT_MARKUP = re.compile(r"\b(x?html|xml|entit(y|ies)|escap(e|ed|ing)|markup)\b", re.IGNORECASE)
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 _ENTITY = re.compile(r"&(lt|gt|amp|quot|apos|nbsp|#39|#x27|#34|#x22);", re.IGNORECASE)
+_CODE_LINE = "\ue1fd"
+"""A line break in code until the end, so that what tidies the text around it leaves the code as it is."""
 _SILENT = ("button", "script", "style", "svg")
 """Tags whose text was never part of the message ("Copy code")."""
 _OPENING = {f"h{level}": "\n\n" + "#" * level + " " for level in range(1, 7)} | {
