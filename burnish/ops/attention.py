@@ -48,11 +48,16 @@ class Layout(NamedTuple):
     """A bound on the longest sequence: a power of two, so that compiled code sees few different values."""
     rows: Rows | None
     """How to pad; None where a variable-length kernel does the work."""
+    kernel_shares_heads: bool
+    """Whether that kernel serves several query heads from one key-value head by itself, which depends on PyTorch."""
 
 
 def packed_layout(batch: Batch, padded: bool) -> Layout:
     """How `attention` will read the batch; `padded` for everything but variable-length kernels."""
-    return Layout(batch.starts, 1 << (batch.longest - 1).bit_length(), _padded_rows(batch) if padded else None)
+    longest = 1 << (batch.longest - 1).bit_length()
+    if padded:
+        return Layout(batch.starts, longest, _padded_rows(batch), kernel_shares_heads=False)
+    return Layout(batch.starts, longest, None, _kernel_shares_heads())
 
 
 def wants_padding(device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None) -> bool:
@@ -179,24 +184,23 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention.varlen import varlen_attn  # 2 s of imports that a CPU does without
 
     num_groups = q.shape[1] // k.shape[1]
-    grouped: dict[str, Any] = {}
-    if num_groups > 1 and _varlen_groups():
-        grouped["enable_gqa"] = True
+    shared: dict[str, Any] = {}
+    if num_groups > 1 and layout.kernel_shares_heads:
+        shared["enable_gqa"] = True
     elif num_groups > 1:
         k, v = k.repeat_interleave(num_groups, 1), v.repeat_interleave(num_groups, 1)
     sides = (-1 if window is None else window - 1, 0)
     starts, longest = layout.starts, layout.longest
-    out = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=sides, **grouped)
+    out = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=sides, **shared)
     assert isinstance(out, Tensor)
     return out
 
 
 @functools.cache
-def _varlen_groups() -> bool:
-    """Whether this PyTorch's variable-length attention shares key-value heads by itself."""
+def _kernel_shares_heads() -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from burnish.ops.pointwise import soft_cap
 
-CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26}
-"""Logits held at a time, in numbers: 8 MiB fits a CPU's cache, 256 MiB keeps a GPU busy."""
+CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 25}
+"""Logits held at a time, in numbers: 8 MiB fits a CPU's cache, 128 MiB keeps a GPU busy."""
 
 
 def target_log_probs(
@@ -41,7 +41,9 @@ def head_logits(
     hidden_KD: Float[Tensor, "K D"], head_VD: Float[Tensor, "V D"], softcap: float | None = None
 ) -> Float[Tensor, "K V"]:
     """The logits of a few rows, in fp32 (float64 for float64)."""
-    if hidden_KD.device.type == "cuda" and hidden_KD.dtype in (torch.bfloat16, torch.float16):
+    half = hidden_KD.dtype in (torch.bfloat16, torch.float16)
+    if half and hidden_KD.device.type == "cuda" and not torch.is_grad_enabled():
+        # The sums come out of the matmul unrounded; PyTorch has no gradient for this form.
         logits = torch.mm(hidden_KD, head_VD.T, out_dtype=torch.float32)
     else:
         logits = hidden_KD @ head_VD.T
