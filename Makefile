@@ -27,12 +27,12 @@ demo: $(BIN)/burnish ## fine-tune the embedded base with full, LoRA and QLoRA we
 test: $(VENV)/dev ## run the whole test suite (CPU)
 	$(BIN)/pytest -n 2 --dist worksteal tests --ignore tests/gpu
 
-check: $(VENV)/dev ## format, lint, types, layers, size budget
+check: $(VENV)/dev ## format, lint, types, layers, size budget, structure
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
-	$(BIN)/python scripts/size_budget.py
+	$(BIN)/python scripts/structure.py
 
 gpu: ## run the tests that need a CUDA device, with the python on the path
 	$(PYTHON) -m pytest tests/gpu

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -40,7 +40,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def _count(self, tensor: Tensor) -> None:
         if isinstance(tensor, DTensor):  # a wrapper without memory of its own: the rank's piece is what it holds
-            tensor = tensor.detach().to_local()
+            tensor = cast(DTensor, tensor.detach()).to_local()
         storage = tensor.untyped_storage()
         key, size = storage.data_ptr(), storage.nbytes()
         if not size or key in self.seen:

@@ -70,7 +70,13 @@ def test_a_qlora_run_from_end_to_end(tmp_path):
     rows = [{"instruction": f"say {i} plus {i * i}", "output": "ab " * (i % 7) + "end"} for i in range(200)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [f"model.path={folder}", f"data.path={tmp_path / 'data.jsonl'}", f"run.folder={tmp_path / 'run'}"]
-    words += ["model.storage=nf4", "run.device=cuda", "run.steps=30", "run.step_tokens=512", "run.microbatch_tokens=256"]
+    words += [
+        "model.storage=nf4",
+        "run.device=cuda",
+        "run.steps=30",
+        "run.step_tokens=512",
+        "run.microbatch_tokens=256",
+    ]
     words += ["data.max_length=128", "optim.lr=0.005", "evaluate.prompts=4", "save.trackers=[]"]
     assert main(["sft", *words]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -12,7 +12,7 @@ from burnish.cli import main
 from tests.tiny import tiny_tokenizer
 
 
-@pytest.fixture()
+@pytest.fixture
 def folders(tmp_path):
     """A model folder as far as a preflight looks at it, and a data file."""
     model = tiny_tokenizer(tmp_path / "model")
@@ -62,7 +62,9 @@ def test_mistakes_in_paths(capsys, folders, tmp_path):
     model, data = folders
     run = f"run.folder={tmp_path / 'run'}"
     assert "nowhere" in complaint(capsys, "sft", f"model.path={tmp_path}/nowhere", f"data.path={data}", run)
-    assert "nothing.jsonl" in complaint(capsys, "sft", f"model.path={model}", f"data.path={tmp_path}/nothing.jsonl", run)
+    assert "nothing.jsonl" in complaint(
+        capsys, "sft", f"model.path={model}", f"data.path={tmp_path}/nothing.jsonl", run
+    )
     assert "is a file" in complaint(capsys, "sft", f"model.path={model}", f"data.path={data}", f"run.folder={data}/run")
     occupied = tmp_path / "occupied"
     occupied.mkdir()

@@ -1,5 +1,6 @@
 """Schedules: values worked out by hand, and what they must all have in common."""
 
+import itertools
 import math
 
 import pytest
@@ -22,7 +23,9 @@ def test_values_by_hand():
     assert multiplier(5, 10, "linear", warmup=0) == 0.5
     assert multiplier(5, 10, "cosine", warmup=0) == pytest.approx(0.5)
     assert multiplier(2, 8, "cosine", warmup=0) == pytest.approx((1 + math.sqrt(0.5)) / 2)
-    assert [multiplier(s, 10, "wsd", warmup=0, decay=0.4) for s in (0, 5, 6, 8, 9)] == pytest.approx([1, 1, 1, 0.5, 0.25])
+    assert [multiplier(s, 10, "wsd", warmup=0, decay=0.4) for s in (0, 5, 6, 8, 9)] == pytest.approx(
+        [1, 1, 1, 0.5, 0.25]
+    )
 
 
 @given(st.sampled_from(sorted(SHAPES)), st.integers(1, 300), st.floats(0, 0.9))
@@ -30,4 +33,4 @@ def test_every_shape_stays_in_range_and_never_rises_after_warm_up(shape, steps, 
     values = [multiplier(step, steps, shape, warmup) for step in range(steps)]
     assert all(0 < value <= 1 for value in values)
     after = values[round(warmup * steps) :]
-    assert all(a >= b - 1e-12 for a, b in zip(after, after[1:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(after))

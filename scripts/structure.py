@@ -1,0 +1,83 @@
+"""Fails when the package outgrows its budget of size, or breaks a rule of structure that layers cannot express."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+FILE_LINES, FUNCTION_LINES, P90_FUNCTION_LINES, ARGUMENTS = 400, 80, 40, 8
+FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py", "base.py", "misc.py"}
+RECIPE_FORBIDDEN = (".backward(", "optimizer.step(", "all_reduce", "clip_grad")
+METHODS = {"sft", "dpo", "ppo", "grpo", "rloo", "reinforce", "reward"}
+LOSSES_MAY_IMPORT = ("burnish.ops.sequences", "burnish.types")
+
+
+def main() -> None:
+    """Prints every violation and exits with 1 when there is one."""
+    problems: list[str] = []
+    lengths: list[int] = []
+    for path in sorted(Path("burnish").rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        tree = ast.parse(source)
+        problems += file_problems(path, source)
+        problems += import_problems(path, tree)
+        for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            lengths.append(function.end_lineno - function.lineno + 1)
+            if "kernels" not in path.parts:
+                problems += function_problems(path, function)
+    p90 = sorted(lengths)[int(0.9 * len(lengths))]
+    if p90 > P90_FUNCTION_LINES:
+        problems.append(f"nine of ten functions should have at most {P90_FUNCTION_LINES} lines, not {p90}")
+    print("\n".join(problems) or f"structure kept: {len(lengths)} functions, nine of ten within {p90} lines")
+    sys.exit(bool(problems))
+
+
+def file_problems(path: Path, source: str) -> Iterator[str]:
+    """What is wrong with a file as a whole."""
+    if path.name in FORBIDDEN_NAMES:
+        yield f"{path}: a file with this name has no subject; a function without a home is a missing noun"
+    if (count := len(source.splitlines())) > FILE_LINES:
+        yield f"{path}: {count} lines, over {FILE_LINES}"
+    if "recipes" in path.parts:
+        yield from (f"{path}: a recipe may not contain {word}" for word in RECIPE_FORBIDDEN if word in source)
+    if path.name == "learner.py":
+        words = {"".join(filter(str.isalpha, word)) for word in source.lower().split()}
+        yield from (f"{path}: the learner names the method {name}" for name in sorted(METHODS & words))
+
+
+def function_problems(path: Path, function: ast.FunctionDef) -> Iterator[str]:
+    """What is wrong with a function's size."""
+    length = function.end_lineno - function.lineno + 1
+    given = function.args
+    arguments = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs) if a.arg not in ("self", "cls")]
+    if length > FUNCTION_LINES:
+        yield f"{path}:{function.lineno}: {function.name} has {length} lines, over {FUNCTION_LINES}"
+    if len(arguments) > ARGUMENTS:
+        yield f"{path}:{function.lineno}: {function.name} has {len(arguments)} arguments, over {ARGUMENTS}"
+
+
+def import_problems(path: Path, tree: ast.Module) -> Iterator[str]:
+    """Imports that are allowed to some folders only."""
+    folder = path.parts[1]
+    for name in imported(tree):
+        if name.startswith("torch.distributed") and folder != "engine":
+            yield f"{path}: torch.distributed is spoken in engine/ only"
+        if name.startswith("burnish.kernels") and folder not in ("ops", "optim", "kernels"):
+            yield f"{path}: kernels are imported by ops/ and optim/ only"
+        if name.startswith("burnish.") and folder == "losses" and not name.startswith(LOSSES_MAY_IMPORT):
+            yield f"{path}: a loss imports nothing of ours but {' and '.join(LOSSES_MAY_IMPORT)}, not {name}"
+        if name == "torch" and path.name in ("config.py", "cli.py", "families.py", "preflight.py", "formats.py"):
+            yield f"{path}: torch may be imported inside functions only: errors must come before it loads"
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """The modules that a file imports anywhere."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+if __name__ == "__main__":
+    main()
