@@ -79,8 +79,7 @@ def save_model(
     merged ones. The folder appears whole or not at all; one tensor at a time is held in memory.
     """
     raw = {key: value for key, value in text_config(read_json(source)).items() if key != "quantization_config"}
-    raw.pop("torch_dtype", None)
-    raw["dtype"] = str(dtype).removeprefix("torch.")
+    raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = str(dtype).removeprefix("torch.")
     with written_aside(folder) as aside:
         (aside / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name in _COPIED:

@@ -104,6 +104,27 @@ def test_kernels_are_for_half_precision_on_the_gpu_without_soft_caps() -> None:
     assert wants_padding(gpu, torch.bfloat16, 128, 50.0)
 
 
+@pytest.mark.parametrize("shares_heads", [True, False])
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_kernel_is_asked_for_the_definition(monkeypatch, window, shares_heads) -> None:
+    """What is handed to the variable-length kernel, by a stand-in with its interface: the kernel itself needs a GPU."""
+
+    def kernel(q, k, v, starts_q, starts_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+        assert starts_q.dtype == torch.int32
+        assert max_q == max_k >= max(lengths)
+        assert enable_gqa == (q.shape[1] != k.shape[1]) == shares_heads
+        assert window_size[1] == 0
+        reach = None if window_size[0] == -1 else window_size[0] + 1  # it counts the keys before the position itself
+        return by_definition(q, k, v, starts_q.diff().tolist(), scale, reach, None)
+
+    lengths = [5, 1, 7]
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    q, k, v = random_qkv(13, 4, 2)
+    layout = packed_layout(tiny_batch(lengths), padded=False)._replace(kernel_shares_heads=shares_heads)
+    out = attention(q, k, v, layout, 0.7, window)
+    torch.testing.assert_close(out, by_definition(q, k, v, lengths, 0.7, window, None))
+
+
 @pytest.mark.parametrize("softcap", [None, 1.0])
 def test_cached_attention_is_the_last_row_of_attention(softcap) -> None:
     lengths = [3, 6]
