@@ -1,7 +1,7 @@
 """Tokens per second and peak memory of one training step on a CUDA device, random weights of a real shape.
 
-python benchmarks/sft.py [shape=llama-2-7b] [storage=nf4] [adapter=lora] [checkpointing=false] [sequences=4] [length=2048]
-                         [commit=HASH] [note=TEXT]
+python benchmarks/sft.py [shape=llama-2-7b] [storage=nf4] [adapter=lora] [checkpointing=false] [sequences=4]
+                         [length=2048] [commit=HASH] [note=TEXT]
 
 Every token is scored, sequences have one length, LoRA has rank 16 on all linear layers: the work that the peers in
 `results.csv` were given. The time of a step is the median after warm-up, device synchronised at both ends; the peak is
@@ -27,10 +27,26 @@ from burnish.losses.likelihood import cross_entropy
 from burnish.types import Batch, Sequence
 
 RESULTS = Path(__file__).with_name("results.csv")
-COLUMNS = (
-    "date commit device torch benchmark system shape storage adapter rank checkpointing tokens_per_step "
-    "step_seconds tokens_per_second peak_allocated_gib peak_reserved_gib compile_seconds note"
-).split()
+COLUMNS = [
+    "date",
+    "commit",
+    "device",
+    "torch",
+    "benchmark",
+    "system",
+    "shape",
+    "storage",
+    "adapter",
+    "rank",
+    "checkpointing",
+    "tokens_per_step",
+    "step_seconds",
+    "tokens_per_second",
+    "peak_allocated_gib",
+    "peak_reserved_gib",
+    "compile_seconds",
+    "note",
+]
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
 SHAPES = {
     "llama-2-7b": LLAMA

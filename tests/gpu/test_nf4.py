@@ -8,6 +8,7 @@ from burnish.ops import nf4
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("default"),  # Inductor warns about its own insides when it is first imported
 ]
 SHAPES = [(1, 1), (1, 64), (3, 5), (7, 9), (33, 70), (48, 80), (64, 64), (5, 4099), (257, 1030), (1024, 4096)]
 

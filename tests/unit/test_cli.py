@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it shows, what it answers to mistakes, and that torch is not needed for it."""
+"""The command line as a user meets it: what it shows, and what it answers to mistakes, without loading torch."""
 
 import json
 import os
