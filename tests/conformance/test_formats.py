@@ -136,7 +136,7 @@ def test_messages_keep_weights_tools_and_parts():
     ],
 )
 def test_a_wrong_turn_is_named(turn: Any, message: str):
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r".") as caught:
         FORMATS["messages"].read({"messages": [{"role": "user", "content": "x"}, turn]})
     assert message in str(caught.value)
 
