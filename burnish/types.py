@@ -110,10 +110,4 @@ class Batch:
         """The same batch on another device."""
         names = ("tokens", "targets", "weights", "positions", "sequence", "starts", "scored")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return Batch(
-            **moved,
-            num_sequences=self.num_sequences,
-            longest=self.longest,
-            total_weight=self.total_weight,
-            rows=self.rows,
-        )
+        return replace(self, **moved)
