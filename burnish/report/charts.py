@@ -125,7 +125,8 @@ def tick_labels(ticks: Sequence[float]) -> list[str]:
 def smooth(points: Sequence[Point], span: int) -> list[Point]:
     """Each point moved onto the straight line that fits best through the `span` points around it; gaps stay gaps.
 
-    Unlike a running mean this neither lags behind a steep curve nor bends at its ends.
+    Unlike a running mean this neither lags behind a steep curve nor bends at its ends. It never leaves the range of
+    the points, as lines do where a curve bends: no accuracy is below 0.
     """
     found: list[Point] = []
     for i, (x, y) in enumerate(points):
@@ -136,15 +137,20 @@ def smooth(points: Sequence[Point], span: int) -> list[Point]:
 
 
 def thin(points: Sequence[Point], limit: int) -> list[Point]:
-    """At most `limit` points: the means of equally long stretches, so that a long run does not make a long page."""
+    """At most `limit` of the points, evenly spread from the first to the last: a long run makes no long page."""
     if len(points) <= limit:
         return list(points)
-    edges = [len(points) * i // limit for i in range(limit + 1)]
-    found: list[Point] = []
-    for start, stop in pairwise(edges):
-        good = [y for _, y in points[start:stop] if math.isfinite(y)]
-        found.append((points[stop - 1][0], math.fsum(good) / len(good) if good else math.nan))
-    return found
+    return [points[i * (len(points) - 1) // (limit - 1)] for i in range(limit)]
+
+
+def extremes(points: Sequence[Point], limit: int) -> list[Point]:
+    """At most `limit` of the points, the lowest and the highest of each stretch: no spike is lost; gaps are."""
+    if len(points) <= limit:
+        return list(points)
+    edges = [len(points) * i // (limit // 2) for i in range(limit // 2 + 1)]
+    stretches = [[p for p in points[start:stop] if math.isfinite(p[1])] for start, stop in pairwise(edges)]
+    ends = [(min(s, key=lambda p: p[1]), max(s, key=lambda p: p[1])) for s in stretches if s]
+    return sorted({point for pair in ends for point in pair})
 
 
 def _head(width: float, height: float, words: str) -> str:
@@ -153,11 +159,12 @@ def _head(width: float, height: float, words: str) -> str:
 
 
 def _fit(points: Sequence[Point], at: float) -> float:
-    """The value at `at` of the line of least squares through the points."""
+    """The value at `at` of the line of least squares through the points, within their range."""
     mean_x, mean_y = (math.fsum(values) / len(points) for values in zip(*points, strict=True))
     variance = math.fsum((x - mean_x) ** 2 for x, _ in points)
     slope = math.fsum((x - mean_x) * (y - mean_y) for x, y in points) / variance if variance else 0.0
-    return mean_y + slope * (at - mean_x)
+    values = [y for _, y in points]
+    return min(max(mean_y + slope * (at - mean_x), min(values)), max(values))
 
 
 def _axes(frame: Frame, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str) -> str:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from burnish.report.charts import Point, Series, line_chart, smooth, thin
+from burnish.report.charts import Point, Series, extremes, line_chart, smooth, thin
 from burnish.report.folders import RunFolder
 
-MOST_POINTS = 120
+MOST_POINTS = 100
 """Points of a line in the page: more than the eye sees at its width."""
 
 SMOOTH_FROM = 30
@@ -66,11 +66,11 @@ def _series(run: RunFolder, key: str, name: str, style: int) -> list[Series]:
     """The lines of one run: smoothed, as logged, or with dots where it was measured now and then."""
     if key in HELD_OUT:
         return [Series(name, tuple(thin(_held_out(run, key), MOST_POINTS)), style, dots=True)]
-    points = _logged(run, key)
+    points = _logged(run, key, without="eval_loss" if key == "tokens_per_second" else None)
     if key not in SMOOTHED or _span(points) == 1:
         return [Series(name, tuple(thin(points, MOST_POINTS)), style)]
     line = thin(smooth(points, _span(points)), MOST_POINTS)
-    return [Series(name, tuple(line), style), Series(name, tuple(thin(points, MOST_POINTS)), style, faint=True)]
+    return [Series(name, tuple(line), style), Series(name, tuple(extremes(points, MOST_POINTS)), style, faint=True)]
 
 
 def _span(points: Sequence[Point]) -> int:
@@ -78,8 +78,10 @@ def _span(points: Sequence[Point]) -> int:
     return len(points) // 40 * 2 + 3 if len(points) >= SMOOTH_FROM else 1
 
 
-def _logged(run: RunFolder, name: str) -> list[Point]:
-    return [(line["step"], line[name]) for line in run.metrics if _is_number(line.get(name)) and "step" in line]
+def _logged(run: RunFolder, name: str, without: str | None = None) -> list[Point]:
+    """A metric by step; `without` leaves out lines that hold that other one (an evaluation slows its step down)."""
+    lines = [line for line in run.metrics if "step" in line and without not in line]
+    return [(line["step"], line[name]) for line in lines if _is_number(line.get(name))]
 
 
 def _held_out(run: RunFolder, name: str) -> list[Point]:
@@ -103,6 +105,7 @@ HELD_OUT = {"eval_loss": "Held-out loss", "eval_general_loss": "Loss on general 
 STEPS = {"learning_rate": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_second": "Tokens per second"}
 SMOOTHED = {"loss", "mean_token_accuracy", "grad_norm", "tokens_per_second"}
 AXES = {
+    "tokens",
     "step",
     "num_tokens",
     "seconds",

@@ -23,7 +23,7 @@ class Column:
     """What the number is and which way is better, in one sentence."""
     cells: tuple[str, ...]
     best: tuple[bool, ...]
-    """Which cells hold the best number among the runs; none when there is only one run, or no better and worse."""
+    """Which cells hold the best number among the runs; none where all are the same, or none is better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[Column]]:
         values = [kind.value(line) for line in lines]
         if any(value is not None for value in values):
             cells = tuple(ABSENT if v is None else kind.text(v, line) for v, line in zip(values, lines, strict=True))
-            found.append(Column(kind.title, kind.short, kind.note, cells, _best(values, len(starts), kind)))
+            found.append(Column(kind.title, kind.short, kind.note, cells, _best(cells, values, len(starts), kind)))
     return [base.label for base in starts] + labels(rows), found
 
 
@@ -123,7 +123,7 @@ def _kinds(rows: Sequence[Row]) -> list[_Kind]:
             lambda v, _: size(v),
             min,
         ),
-        _Kind(when, when, "Time spent in training steps.", _top("seconds"), time, min),
+        _Kind(when, when, "Time spent in the training loop, with the evaluations in it.", _top("seconds"), time, min),
         _Kind(
             "held-out loss",
             "held-out loss",
@@ -190,12 +190,14 @@ def _accuracies(rows: Sequence[Row]) -> list[_Kind]:
     ]
 
 
-def _best(values: Sequence[float | None], num_bases: int, kind: _Kind) -> tuple[bool, ...]:
-    runs = [v for v in values[num_bases:] if v is not None and math.isfinite(v)]
-    if kind.better is None or len(runs) < 2:
-        return (False,) * len(values)
-    best = kind.better(runs)
-    return tuple(i >= num_bases and v == best for i, v in enumerate(values))
+def _best(cells: Sequence[str], values: Sequence[float | None], num_bases: int, kind: _Kind) -> tuple[bool, ...]:
+    """Which runs have the best value, or one that reads the same; none when all read the same."""
+    read = {v: cell for v, cell in zip(values[num_bases:], cells[num_bases:], strict=True) if v is not None}
+    finite = [v for v in read if math.isfinite(v)]
+    if kind.better is None or len(set(read.values())) < 2 or not finite:
+        return (False,) * len(cells)
+    best = read[kind.better(finite)]
+    return tuple(i >= num_bases and cell == best for i, cell in enumerate(cells))
 
 
 def _agree(one: Mapping[str, float], other: Mapping[str, float]) -> bool:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from burnish.world import UNSEEN
+
 LONGEST_TEXT = 1200
 """Characters of a prompt or an answer that the page shows."""
 
@@ -23,6 +25,7 @@ class TaskGroup:
     """Tasks under one heading, each with the accuracy of every model (None: not measured)."""
 
     title: str
+    """Empty for the only group."""
     tasks: list[tuple[str, list[float | None]]]
     mean: list[float | None]
     """Over the tasks; None for a single task, and for a model that was not measured on all of them."""
@@ -48,11 +51,12 @@ class Sample:
 
 
 def task_groups(models: Sequence[Model]) -> list[TaskGroup]:
-    """Accuracy by task; tasks that no training row asked for (`unseen_tasks` of a verdict) are a group of their own."""
+    """Accuracy by task, in two groups where the judge told families that were trained on from those that were not."""
     names = sorted({task for model in models for task in model.verdict.get("by_task") or {}})
-    unseen = {task for model in models for task in model.verdict.get("unseen_tasks") or ()}
+    told_apart = any("eval_exact_match_unseen" in (model.verdict.get("metrics") or {}) for model in models)
+    unseen = set(UNSEEN if told_apart else ())
     if not unseen & set(names):
-        return [_group("Tasks", names, models)] if names else []
+        return [_group("", names, models)] if names else []
     seen = [task for task in names if task not in unseen]
     groups = [_group("Families seen in training", seen, models)] if seen else []
     return [*groups, _group("Families never seen in training", [task for task in names if task in unseen], models)]

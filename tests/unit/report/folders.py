@@ -8,22 +8,11 @@ from typing import Any
 
 import yaml
 
+from burnish import world
 from burnish.config import TrainingSettings, build, to_yaml
 from burnish.data.audit import Audit, Finding, HeldOut, Lengths
 
-SEEN = (
-    "add",
-    "compare",
-    "convert_units",
-    "count_letters",
-    "first_letter",
-    "largest",
-    "opposite",
-    "plural",
-    "reverse",
-    "sort",
-)
-UNSEEN = ("alphabet_next", "double", "last_letter", "story_who")
+SEEN, UNSEEN = world.SEEN, world.UNSEEN
 METHODS: dict[str, dict[str, Any]] = {
     "full": {
         "method": "Full fine-tuning",
@@ -149,7 +138,7 @@ def _verdict(metrics: dict[str, float], skill: float, rng: random.Random) -> dic
         task: min(1.0, max(0.0, round(rng.gauss(skill, 0.1) * (0.55 if task in UNSEEN else 1), 2)))
         for task in SEEN + UNSEEN
     }
-    share = share if skill > 0.1 else dict.fromkeys(share, 0.0) | {"compare": 0.1}
+    share = share if skill > 0.1 else dict.fromkeys(share, 0.0) | {"add": 0.1}
     wrong = "the the cat is a the word cat the mat and the"
     samples = [
         _sample("reverse", "Write the word lantern backwards.", "nretnal", "nretnal" if skill > 0.1 else wrong),
@@ -174,9 +163,9 @@ def _verdict(metrics: dict[str, float], skill: float, rng: random.Random) -> dic
             str(6 * n),
             str(6 * n) if rng.random() < skill else str(6 * n + 1),
         )
-        for n in range(1, 7)
+        for n in range(1, 21)
     ]
-    return {"metrics": metrics, "by_task": share, "unseen_tasks": list(UNSEEN), "samples": samples}
+    return {"metrics": metrics, "by_task": share, "samples": samples}
 
 
 def _sample(task: str, prompt: str, reference: str, answer: str) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def test_samples_stand_side_by_side_with_their_verdicts_in_words(page: str) -> N
         "add What is 38 plus 47? Reference 85 Base model no answer ✗ wrong "
         "Full fine-tuning 85 ✓ right LoRA 85 ✓ right QLoRA 75 ✗ wrong"
     )
-    assert len(texts) == 10
+    assert len(texts) == 24
 
 
 def test_the_page_shows_settings_that_differ_apart_from_those_that_do_not(page: str) -> None:
@@ -131,14 +131,18 @@ def test_samples_are_matched_by_task_and_prompt() -> None:
 
 def test_tasks_are_grouped_and_means_are_over_whole_groups_only() -> None:
     models = [
-        Model("a", "s0", {"by_task": {"add": 1.0, "sort": 0.5, UNSEEN[0]: 0.25}, "unseen_tasks": list(UNSEEN)}),
+        Model(
+            "a",
+            "s0",
+            {"by_task": {"add": 1.0, "sort": 0.5, UNSEEN[0]: 0.25}, "metrics": {"eval_exact_match_unseen": 0.25}},
+        ),
         Model("b", "s1", {"by_task": {"add": 0.5}}),
     ]
     seen, unseen = task_groups(models)
     assert seen.tasks == [("add", [1.0, 0.5]), ("sort", [0.5, None])]
     assert (seen.mean, unseen.mean) == ([0.75, None], [None, None])
     assert unseen.tasks == [(UNSEEN[0], [0.25, None])]
-    assert [group.title for group in task_groups(models[1:])] == ["Tasks"]
+    assert [group.title for group in task_groups(models[1:])] == [""]
     assert task_groups([Model("c", "s0", {})]) == []
 
 

@@ -51,9 +51,13 @@ def test_the_best_of_several_runs_is_marked() -> None:
     )
     best = {column.short: column.best for column in found}
     assert best["held-out loss"] == (False, False, True)
-    assert best["accuracy"] == (False, True, True)
-    assert best["trainable"] == (False, False, False)
+    assert best["trainable"] == best["accuracy"] == (False, False, False)
     assert not any(any(column.best) for column in columns([row("A", metrics=AFTER)])[1])
+
+
+def test_runs_that_read_the_same_are_equally_good() -> None:
+    rows = [row(name, metrics={"eval_exact_match": share}) for name, share in (("A", 0.5), ("B", 0.50001), ("C", 0.4))]
+    assert columns(rows)[1][-1].best == (True, True, False)
 
 
 def test_runs_share_a_base_line_unless_they_started_elsewhere() -> None:
