@@ -100,15 +100,14 @@ class Encoder:
         self._rows.append(row)
 
     def _check(self) -> None:
-        if self._data.too_long == "error" and "too_long" in self._dropped:
-            found = self._dropped.finding("too_long")
+        data = self._data
+        if data.too_long == "error" and "too_long" in self._dropped:
             raise ValueError(
-                f"{found.line()} have more tokens than data.max_length={self._data.max_length}; write data.max_length="
-                f"{self._longest}, or data.too_long=drop or split"
+                f"more tokens than data.max_length={data.max_length} in {self._dropped.finding('too_long').line()}; "
+                f"write data.max_length={self._longest}, or data.too_long=drop or split"
             )
-        if not self._data.allow_untrained and "untrained" in self._dropped:
-            found = self._dropped.finding("untrained")
+        if not data.allow_untrained and "untrained" in self._dropped:
             raise ValueError(
-                f"{found.line()} have nothing to train on with data.train_on={self._data.train_on} (every weight "
-                "is 0); write data.allow_untrained=true to drop them"
+                f"nothing to train on with data.train_on={data.train_on} (every weight is 0) in "
+                f"{self._dropped.finding('untrained').line()}; write data.allow_untrained=true to drop them"
             )

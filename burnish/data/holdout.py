@@ -56,7 +56,8 @@ def to_prompt(example: Example, task: str | None) -> Prompt:
 def choose_prompts(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
     """So many of the prompts, the families of tasks in turn, in an order decided by a hash with the seed."""
     by_task: dict[str, list[Prompt]] = defaultdict(list)
-    for prompt in sorted(prompts, key=lambda prompt: _hash([seed, prompt_key(prompt)])):
+    asked = [prompt for prompt in prompts if prompt.answer != ""]  # a tool call alone is no answer to compare with
+    for prompt in sorted(asked, key=lambda prompt: _hash([seed, prompt_key(prompt)])):
         by_task[prompt.task or ""].append(prompt)
     queues = [by_task[task] for task in sorted(by_task)]
     rounds = max((len(queue) for queue in queues), default=0)

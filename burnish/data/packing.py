@@ -15,32 +15,63 @@ if TYPE_CHECKING:
 def pack(lengths: "Listed[int] | NDArray[numpy.int64]", budget: int) -> list[list[int]]:
     """Groups of indices whose lengths add up to at most `budget` each: best fit, longest first, over all of them.
 
-    Each sequence goes to the pack with the least room that still takes it. Packs are kept by their room, and the
-    rooms in use are the bits of one integer, so that finding the best fit is a shift and a lowest set bit: a million
-    sequences take a few seconds. Raises ValueError when one sequence alone is over the budget.
+    Each sequence goes to the pack with the least room that still takes it; a million sequences take a few seconds.
+    Raises ValueError when one sequence alone is over the budget.
     """
-    order = numpy.argsort(-numpy.asarray(lengths, numpy.int64), kind="stable").tolist()
-    sizes = numpy.asarray(lengths, numpy.int64).tolist()
+    order: list[int] = numpy.argsort(-numpy.asarray(lengths, numpy.int64), kind="stable").tolist()
+    sizes: list[int] = numpy.asarray(lengths, numpy.int64).tolist()
     if order and sizes[order[0]] > budget:
         raise ValueError(f"row {order[0]} has {sizes[order[0]]} tokens, more than a batch of {budget} tokens takes")
     packs: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(budget + 1)]
-    rooms = 0  # bit r is set when some pack has room for exactly r more tokens
+    rooms = _Rooms(budget)
     for index in order:
-        size: int = sizes[index]
-        fitting = rooms >> size
-        if fitting:
-            room = size + (fitting & -fitting).bit_length() - 1
-            number = by_room[room].pop()
-            if not by_room[room]:
-                rooms ^= 1 << room
-            packs[number].append(index)
-        else:
-            room, number = budget, len(packs)
-            packs.append([index])
-        by_room[room - size].append(number)
-        rooms |= 1 << (room - size)
+        room, number = rooms.take(sizes[index]) or (budget, len(packs))
+        if number == len(packs):
+            packs.append([])
+        packs[number].append(index)
+        rooms.put(room - sizes[index], number)
     return packs
+
+
+class _Rooms:
+    """Packs by how much room they have left, with the tightest fit for a size found in constant time.
+
+    The amounts of room in use are bits: of a word for each 1024 amounts, and of one word for the words in use.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self._packs: list[list[int]] = [[] for _ in range(budget + 1)]
+        self._words = [0] * ((budget >> 10) + 1)
+        self._used = 0
+
+    def put(self, room: int, pack: int) -> None:
+        """Note that a pack has so much room."""
+        self._packs[room].append(pack)
+        self._words[room >> 10] |= 1 << (room & 1023)
+        self._used |= 1 << (room >> 10)
+
+    def take(self, size: int) -> tuple[int, int] | None:
+        """The least room of at least this size and a pack that has it, which is no longer noted; None when none has."""
+        word = size >> 10
+        fitting = self._words[word] >> (size & 1023)
+        if fitting:
+            room = size + _lowest_bit(fitting)
+        else:
+            later = self._used >> (word + 1)
+            if not later:
+                return None
+            word += 1 + _lowest_bit(later)
+            room = (word << 10) + _lowest_bit(self._words[word])
+        pack = self._packs[room].pop()
+        if not self._packs[room]:
+            self._words[word] ^= 1 << (room & 1023)
+            if not self._words[word]:
+                self._used ^= 1 << word
+        return room, pack
+
+
+def _lowest_bit(bits: int) -> int:
+    return (bits & -bits).bit_length() - 1
 
 
 def efficiency(lengths: "Listed[int] | NDArray[numpy.int64]", budget: int) -> tuple[int, float]:

@@ -10,7 +10,7 @@ from burnish.data.corpus import Corpus
 from burnish.data.packing import collate, efficiency, pack
 from burnish.types import Sequence
 
-lengths_and_budget = st.integers(1, 40).flatmap(
+lengths_and_budget = (st.integers(1, 40) | st.integers(1000, 5000)).flatmap(
     lambda budget: st.tuples(st.lists(st.integers(1, budget), max_size=60), st.just(budget))
 )
 

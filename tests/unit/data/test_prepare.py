@@ -151,12 +151,12 @@ def test_splitting_keeps_every_target(tmp_path: Path, text: tuple[Tokenizer, Cha
         (
             [turns("q", "r"), turns("q", "r" * 90)],
             {"max_length": 32, "too_long": "error"},
-            r"rows\.jsonl:2 have more tokens than data\.max_length=32; write data\.max_length=\d+, or data\.too_long=",
+            r"more tokens than data\.max_length=32 in 1 row: .*:2; write data\.max_length=\d+, or data\.too_long=",
         ),
         (
             [turns("q", "r"), {"messages": [{**turn, "weight": 0} for turn in turns("q", "r")["messages"]]}],
             {},
-            r"1 row: .*:2 have nothing to train on .* write data\.allow_untrained=true",
+            r"nothing to train on with .* in 1 row: .*:2; write data\.allow_untrained=true",
         ),
         ([{"messages": [{"role": "wizard", "content": "x"}]}], {}, r"rows\.jsonl:1: .*unknown role 'wizard'"),
         ([{"prompt": "only a question"}], {}, r"write it as evaluate\.path"),
@@ -274,7 +274,8 @@ def test_progress_hears_of_every_row(tmp_path: Path, text: tuple[Tokenizer, Chat
 
 
 def test_data_is_prepared_without_torch():
-    code = "import sys; import burnish.data.prepare, burnish.data.stream, burnish.tools.data; assert 'torch' not in sys.modules"
+    modules = "burnish.data.prepare, burnish.data.stream, burnish.tools.data"
+    code = f"import sys; import {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
 
 
