@@ -115,6 +115,7 @@ class EvaluateSettings(Settings):
     )
     every: int = Field(default=0, ge=0, description="Evaluate every so many steps; 0: at the end only.")
     prompts: int = Field(default=0, ge=0, description="Held-out rows to answer by generation and grade by exact match.")
+    max_tokens: int = Field(default=64, ge=1, description="The longest answer to a prompt, in tokens.")
     general: str | None = Field(default=None, description="Text whose loss is measured before and after: forgetting.")
 
 

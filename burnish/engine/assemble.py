@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 
 from burnish.config import AdapterSettings, ModelSettings, OptimSettings, RunSettings, TrainingSettings
+from burnish.data.templates import ChatTemplate
+from burnish.data.tokenizer import Tokenizer
 from burnish.engine.learner import Learner
 from burnish.engine.mesh import Mesh, shard, whole
 from burnish.model.adapter_files import save_adapter
@@ -46,7 +48,15 @@ def open_model(
     return decoder, name
 
 
-def save_trained(learner: Learner, decoder: Decoder, folder: Path, base: Path, settings: TrainingSettings) -> None:
+def save_trained(
+    learner: Learner,
+    decoder: Decoder,
+    folder: Path,
+    base: Path,
+    settings: TrainingSettings,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+) -> None:
     """Write what was trained: the whole model to folder/model, or the adapter alone to folder/adapter (PEFT layout).
 
     Every rank calls it. A sharded model is gathered weight by weight into a fresh one on the main rank's host.
@@ -64,6 +74,8 @@ def save_trained(learner: Learner, decoder: Decoder, folder: Path, base: Path, s
         save_model(decoder, folder / "model", base, dtype=torch.bfloat16)
     else:
         save_adapter(decoder, POLICY, folder / "adapter", settings.model.path, base)
+    if settings.model.template != "auto":  # who serves it must ask in the form that it was trained on
+        tokenizer.save(folder / ("model" if full else "adapter"), template.source)
 
 
 def open_learner(decoder: Decoder, adapter: str | None, optim: OptimSettings, steps: int, mesh: Mesh) -> Learner:

@@ -4,7 +4,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -46,8 +46,8 @@ class Run:
         self._signal: int | None = None
         self._saved_step: int | None = None
         self._steps_here = 0
-        self._started = self._logged_at = time.perf_counter()
-        self._tokens_logged = 0.0
+        self._step_began = time.perf_counter()
+        self._measuring = ExitStack()
 
     def __enter__(self) -> Self:
         if self.mesh.is_main:
@@ -85,10 +85,10 @@ class Run:
         Raises Stopped after SIGTERM or Ctrl-C, once the step under way is done and saved.
         """
         while self.step < self.total_steps:
-            began = time.perf_counter()
-            with self._measured() as peak:
-                yield self.step
-            self.seconds += time.perf_counter() - began
+            self._step_began = time.perf_counter()
+            peak = self._measuring.enter_context(self._measured())
+            yield self.step
+            self._measuring.close()
             self.peak_bytes = max(self.peak_bytes, peak.bytes)
             self.step += 1
             self.bar.update()
@@ -102,22 +102,28 @@ class Run:
                 )
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of the step under way, as the learner gave them."""
+        """Record the metrics of the step under way, as the learner gave them; what follows is not part of the step."""
+        took = time.perf_counter() - self._step_began
+        self._measuring.close()
+        self.seconds += took
         self.num_tokens += metrics["tokens"]
+        if self.step % self.save.log_every == 0:
+            rate, memory = metrics["tokens"] / took, in_use(self.mesh.device)
+            self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {rate:,.0f} tok/s, {memory / 2**30:.2f} GiB")
+            resources = {"tokens_per_second": rate, "memory_bytes": memory, "seconds": self.seconds}
+            self._write({**metrics, "num_tokens": self.num_tokens, **resources})
+
+    def log_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Record what an evaluation after the step under way gave; `eval_loss` decides which checkpoint is the best."""
         self.eval_loss = metrics.get("eval_loss", self.eval_loss)
-        if not self.mesh.is_main or (self.step % self.save.log_every and "eval_loss" not in metrics):
-            return
-        now = time.perf_counter()
-        rate = (self.num_tokens - self._tokens_logged) / max(now - self._logged_at, 1e-9)
-        self._logged_at, self._tokens_logged = now, self.num_tokens
-        memory = in_use(self.mesh.device)
-        self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {rate:,.0f} tok/s, {memory / 2**30:.2f} GiB")
-        line: dict[str, float] = {"step": self.step + 1, **metrics, "num_tokens": self.num_tokens}
-        line |= {"tokens_per_second": rate, "memory_bytes": memory, "seconds": now - self._started}
-        self.metrics_file.write(json.dumps(line) + "\n")
-        self.metrics_file.flush()
+        self._write(metrics)
+
+    def _write(self, metrics: Mapping[str, float]) -> None:
+        if self.mesh.is_main:
+            self.metrics_file.write(json.dumps({"step": self.step + 1, **metrics}) + "\n")
+            self.metrics_file.flush()
         for tracker in self.trackers:
-            tracker.log(self.step + 1, line)
+            tracker.log(self.step + 1, metrics)
 
     def checkpoint(self) -> None:
         """Save everything that continuing needs. Every rank calls it; the main one writes."""
@@ -190,7 +196,7 @@ class Run:
         restore_optimizer(self.learner.optimizer, self.learner.parameters, optimizer)
         checkpoints.restore_random_state(tensors["random"], self.mesh.device)
         self.step = self.learner.steps_taken = self._saved_step = state["step"]
-        self.num_tokens = self._tokens_logged = state["num_tokens"]
+        self.num_tokens = state["num_tokens"]
         self.eval_loss, self.seconds, self.peak_bytes = state["eval_loss"], state["seconds"], state["peak_bytes"]
         if self.mesh.is_main:  # lines of steps after the checkpoint are about to be written again
             with (self.folder / "metrics.jsonl").open("r+b") as file:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish import world
+from burnish.config import EvaluateSettings
 from burnish.data.chat import encode
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
@@ -29,11 +30,13 @@ class Judge:
         template: ChatTemplate,
         held_out: Sequence[TokenSequence],
         prompts: Sequence[Prompt],
-        general: str | None,
+        settings: EvaluateSettings,
         microbatch_tokens: int,
     ) -> None:
         self.model, self.adapter, self.tokenizer, self.template = model, adapter, tokenizer, template
         self.held_out, self.prompts, self.microbatch_tokens = held_out, prompts, microbatch_tokens
+        self.max_tokens = settings.max_tokens
+        general = settings.general
         self.general = general_sequences(general, tokenizer, template, microbatch_tokens) if general else []
 
     def losses(self) -> dict[str, float]:
@@ -51,7 +54,9 @@ class Judge:
         """The losses, the share of prompts answered right, overall and by task, and some answers to read."""
         found: dict[str, Any] = {"metrics": self.losses(), "samples": []}
         if self.prompts:
-            answers = answer_prompts(self.model, self.tokenizer, self.template, self.prompts, self.adapter, grade=grade)
+            answers = answer_prompts(
+                self.model, self.tokenizer, self.template, self.prompts, self.adapter, self.max_tokens, grade
+            )
             found["metrics"]["eval_exact_match"] = accuracy(answers)
             found["by_task"] = accuracy_by_task(answers)
             for name, tasks in (("seen", world.SEEN), ("unseen", world.UNSEEN)):

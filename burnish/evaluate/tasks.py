@@ -47,7 +47,7 @@ def answer_prompts(
     """What the model answers to each prompt, greedily, with its grade."""
     training = model.training
     model.eval()
-    ids = [prompt_ids(prompt.messages, tokenizer, template) for prompt in prompts]
+    ids = [prompt_ids(prompt.messages, tokenizer, template, prompt.tools) for prompt in prompts]
     written = generate(model, ids, max_tokens, end_ids(tokenizer, template), adapter)
     model.train(training)
     texts = [tokenizer.decode(answer).strip() for answer in written]

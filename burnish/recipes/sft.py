@@ -49,7 +49,7 @@ def main(config: Config) -> dict[str, Any]:
         # 3. The model: one stored weight per layer, and beside it the adapter, if any; only one of the two trains.
         model, adapter = open_model(base, config.model, config.adapter, config.run, mesh)
         learner = open_learner(model, adapter, config.optim, steps, mesh)
-        judge = Judge(model, adapter, tokenizer, template, data.held_out, data.prompts, config.evaluate.general, budget)
+        judge = Judge(model, adapter, tokenizer, template, data.held_out, data.prompts, config.evaluate, budget)
 
         # 4. The method.
         def objective(batch: Batch):
@@ -62,12 +62,12 @@ def main(config: Config) -> dict[str, Any]:
             for step in run.steps():
                 batches = [batch.to(mesh.device) for batch in stream.step(step)]
                 metrics = learner.step(batches, objective, count=lambda batch: batch.total_weight)
-                if config.evaluate.every and (step + 1) % config.evaluate.every == 0:
-                    metrics |= judge.losses()
                 run.log(metrics)
+                if config.evaluate.every and (step + 1) % config.evaluate.every == 0:
+                    run.log_evaluation(judge.losses())
             after = run.once("after", judge.verdict)
 
             # 5. What is left of it: a model or an adapter folder, the table, the page.
             method = method_name(config.model.storage, config.adapter.kind)
-            save_trained(learner, model, run.folder, base, config)
+            save_trained(learner, model, run.folder, base, config, tokenizer, template)
             return finish(run, run.folder, method, before, after)

@@ -25,8 +25,9 @@ def generate(
 
     At temperature 0 the most likely token is taken; above it tokens are drawn from softmax(logits / temperature), each
     prompt from a random stream of its own (seed, place in `prompts`), so that neighbours do not change what it draws.
-    Prompts of similar length are decoded together, `num_slots` at a time; a prompt's answer ends at one of `end_ids` or
-    after `max_tokens`.
+    Prompts of similar length are decoded together, `num_slots` at a time, and a finished one leaves the others; an
+    answer ends at one of `end_ids` or after `max_tokens`. Rounding that differs with the number of prompts decoded
+    together can still change a token whose probability all but equals another's.
     """
     device = next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -37,14 +38,17 @@ def generate(
         cache = model.new_cache(len(members), batch.longest + max_tokens)
         streams = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in members] if temperature else []
         logits = model.prefill(batch, cache, adapter)
-        going = set(range(len(members)))
         for _ in range(max_tokens):
             tokens = _choose(logits, temperature, streams)
-            for slot, token in enumerate(tokens.tolist()):
-                if slot in going and token in end_ids:
-                    going.discard(slot)
-                elif slot in going:
-                    answers[members[slot]].append(token)
+            written = tokens.tolist()
+            going = [slot for slot, token in enumerate(written) if token not in end_ids]
+            for slot in going:
+                answers[members[slot]].append(written[slot])
+            if len(going) < len(members):
+                kept = torch.tensor(going, dtype=torch.long, device=device)
+                cache.keep(kept)
+                tokens, members = tokens[kept], [members[slot] for slot in going]
+                streams = [streams[slot] for slot in going] if streams else []
             if not going:
                 break
             logits = model.decode(tokens, cache, adapter)

@@ -23,7 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
 SHARED: dict[str, Any] = {
     "model": {"path": "embedded"},
     "data": {"path": "embedded", "max_length": 512},
-    "evaluate": {"path": "embedded", "general": "embedded", "prompts": 400},
+    "evaluate": {"path": "embedded", "general": "embedded", "prompts": 400, "max_tokens": 24},
     "optim": {"schedule": "linear", "warmup": 0.1},
     "run": {"step_tokens": 2048, "microbatch_tokens": 2048, "epochs": 1},
     "save": {"every": 0},
@@ -47,24 +47,18 @@ def main(config: Config, as_json: bool) -> None:
     for name in METHODS:
         shutil.rmtree(out / name, ignore_errors=True)
 
-    rows: list[dict[str, Any]] = []
     for number, (name, own) in enumerate(METHODS.items(), start=1):
         print(f"[{number}/{len(METHODS)}] {name}: a run in {out / name}", file=sys.stderr)
         with contextlib.redirect_stdout(io.StringIO()):  # its audit and table are in its folder; the comparison is ours
-            rows.append(sft.main(build(sft.Config, _settings(own, out / name, config.quick))))
+            sft.main(build(sft.Config, _settings(own, out / name, config.quick)))
 
-    from burnish.report.page import write_page
-    from burnish.report.results import table
+    from burnish.report.results import compare, show
 
-    page = write_page(
-        [out / name for name in METHODS], out / "report.html", "Full, LoRA and QLoRA on the embedded base"
-    )
-    (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    (out / "table.md").write_text(table(rows) + "\n", encoding="utf-8")
+    rows = compare([out / name for name in METHODS], out, "Full, LoRA and QLoRA on the embedded base")
     if as_json:
         print(json.dumps(rows))
     else:
-        print(f"\n{table(rows)}\n\nThe whole report, with curves and answers before and after: {page}")
+        show(rows, out)
 
 
 def _settings(own: dict[str, Any], folder: Path, quick: bool) -> dict[str, Any]:

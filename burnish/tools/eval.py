@@ -15,6 +15,7 @@ class Config(Settings):
     model: TrainedModelSettings = TrainedModelSettings.model_construct()
     data: DataSettings = DataSettings.model_construct()
     prompts: int = Field(default=0, ge=0, description="Rows to answer by generation and grade by exact match; 0: none.")
+    max_tokens: int = Field(default=64, ge=1, description="The longest answer to a prompt, in tokens.")
     general: str | None = Field(default=None, description="A text file, or `embedded`, to measure the loss on as well.")
     microbatch_tokens: int = Field(
         default=4096, ge=2, description="Tokens per forward pass; the result does not depend on it."
@@ -26,23 +27,21 @@ def main(config: Config, as_json: bool) -> None:
     check_trained(config.model)
     check_data(config.data)
 
-    from burnish.data.prepare import prepare
+    from burnish.data.prepare import prepare_evaluation
     from burnish.engine.trained import open_trained
     from burnish.evaluate.judge import Judge
 
     trained = open_trained(config.model)
-    whole = EvaluateSettings(
-        path=config.data.path if isinstance(config.data.path, str) else None, prompts=config.prompts
-    )
-    data = prepare(config.data, whole, trained.tokenizer, trained.template, seed=0)
+    asked = EvaluateSettings(prompts=config.prompts, max_tokens=config.max_tokens, general=config.general)
+    held_out, prompts = prepare_evaluation(config.data, trained.tokenizer, trained.template, config.prompts, seed=0)
     judge = Judge(
         trained.decoder,
         trained.adapter,
         trained.tokenizer,
         trained.template,
-        data.held_out,
-        data.prompts,
-        config.general,
+        held_out,
+        prompts,
+        asked,
         config.microbatch_tokens,
     )
     verdict = judge.verdict()

@@ -69,7 +69,9 @@ def words(base: Path, run: Path, *more: str) -> list[str]:
     return [*shared, *more]
 
 
-def finish(processes, arguments: list[str], kill_in: str | None = None, at_call: int = 0, after: float | None = None) -> int:
+def finish(
+    processes, arguments: list[str], kill_in: str | None = None, at_call: int = 0, after: float | None = None
+) -> int:
     process = processes.Process(target=train, args=(arguments, kill_in, at_call))
     process.start()
     if after is not None:

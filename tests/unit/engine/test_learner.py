@@ -30,7 +30,9 @@ class Table(nn.Module):
 
 def learner(table: Table, lr: float = 0.1, clip: float = 0.0) -> Learner:
     parameters = dict(table.named_parameters())
-    return Learner(parameters, torch.optim.SGD(parameters.values(), lr), lambda step: lr, clip, Mesh(torch.device("cpu")))
+    return Learner(
+        parameters, torch.optim.SGD(parameters.values(), lr), lambda step: lr, clip, Mesh(torch.device("cpu"))
+    )
 
 
 def count(batch: Batch) -> float:
