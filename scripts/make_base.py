@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from burnish.config import Settings, build, parse
 from burnish.world import check, documents, rows
+from burnish.world.lexicon import WORDS
 
 LOG = Path(__file__).resolve().parents[1] / "docs" / "embedded-base.log.jsonl"
 ASSETS = Path(__file__).resolve().parents[1] / "burnish" / "assets" / "base"
@@ -30,6 +31,7 @@ SPECIAL = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 PAD, END = SPECIAL[:2]
 VOCABULARY = 2048
 TOKENIZER_DOCUMENTS = 6000
+WORD_REPEATS = 300
 MAX_LENGTH = 1024
 
 # A content is set off by one space, so that a word is the same token after a role as within a line of the corpus.
@@ -89,7 +91,8 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
 def write_tokenizer(folder: Path) -> None:
     """A tokenizer folder as `transformers` reads it, trained on the first documents and the training rows."""
     turns = (message["content"] for row in rows("train") for message in row["messages"])
-    texts = [*islice(documents(0), TOKENIZER_DOCUMENTS), *(f" {turn}" for turn in turns)]
+    repeated = (f" {word}" for word in WORDS for _ in range(WORD_REPEATS))  # so that rare words stay whole as well
+    texts = [*islice(documents(0), TOKENIZER_DOCUMENTS), *(f" {turn}" for turn in turns), *repeated]
     train_tokenizer(texts).save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     roles = {"eos_token": END, "pad_token": PAD}

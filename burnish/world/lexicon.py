@@ -182,6 +182,12 @@ COUNTED = tuple(word for word in (*KIND_OF, *PLAIN_NOUNS, *ODD_NOUNS) if word no
 SPELLED = tuple(sorted({word for word in (*KIND_OF, *PLAIN_NOUNS, *OPPOSITE_OF, *PAST_OF) if 3 <= len(word) <= 7}))
 """Words short enough to be spelled, turned round and counted."""
 
+WORDS = (
+    *(*KIND_OF, *PLAIN_NOUNS, *ODD_NOUNS, *OPPOSITE_OF, *PAST_OF, *PAST_OF.values(), *SOUND_OF.values()),
+    *(*YOUNG_OF.values(), *COLOURS, *NAMES, *JOBS, *TOWNS, *RIVERS, *ROOMS, *DAYS, *PRAISE, *BLAME, *REVIEW_THINGS),
+)
+"""Every word that has a meaning in this world."""
+
 
 def plural(noun: str) -> str:
     """The plural of a noun of this world."""
