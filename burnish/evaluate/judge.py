@@ -74,11 +74,15 @@ def grade(prompt: Prompt, answer: str) -> bool:
     return exact_match(prompt, answer)
 
 
-def general_sequences(
-    source: str, tokenizer: Tokenizer, template: ChatTemplate, max_length: int
-) -> list[TokenSequence]:
-    """General text (a file, or `embedded`) as sequences of at most max_length tokens, every token scored."""
-    text = world.general_text() if source == "embedded" else Path(source).read_text(encoding="utf-8")
-    ids = encode(Text(((text, True),)), tokenizer, template).ids
-    pieces = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
-    return [TokenSequence(piece, (0.0,) + (1.0,) * (len(piece) - 1), 0) for piece in pieces if len(piece) > 1]
+def general_sequences(source: str, tokenizer: Tokenizer, template: ChatTemplate, longest: int) -> list[TokenSequence]:
+    """General text as sequences of at most `longest` tokens, every token scored.
+
+    `source` is `embedded`, or a text file, of which every paragraph between blank lines is a document of its own.
+    """
+    documents = world.general_documents() if source == "embedded" else Path(source).read_text("utf-8").split("\n\n")
+    found = [encode(Text(((text, True),)), tokenizer, template) for text in documents if text.strip()]
+    return [
+        TokenSequence(whole.ids[i : i + longest], whole.weights[i : i + longest], number)
+        for number, whole in enumerate(found)
+        for i in range(0, len(whole.ids), longest)
+    ]
