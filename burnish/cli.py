@@ -99,7 +99,8 @@ def _overview() -> str:
 
 def _help(name: str, module: ModuleType) -> str:
     actions = f" {'|'.join(module.ACTIONS)}" if hasattr(module, "ACTIONS") else ""
-    lines = [textwrap.fill(inspect.getdoc(module) or "", 100, replace_whitespace=False), ""]
+    paragraphs = (inspect.getdoc(module) or "").split("\n\n")
+    lines = ["\n\n".join(textwrap.fill(" ".join(text.split()), 100) for text in paragraphs), ""]
     lines += [f"usage: burnish {name}{actions} [settings.yaml] key=value ...", ""]
     group = ""
     for key, kind, default, sentence in fields(module.Config):

@@ -85,7 +85,9 @@ class DataSettings(Settings):
         description="JSONL, JSON or Parquet files, a hub dataset id, or `embedded`; a list is joined.",
     )
     format: str = Field(
-        default="auto", description="`auto` recognises it from the rows; `burnish data audit --help` lists them."
+        default="auto",
+        description="`auto` recognises it from the rows; or alpaca, sharegpt, messages, lima, prompt_completion, "
+        "question_answer, text.",
     )
     split: str = Field(default="train", description="The split of a hub dataset.")
     train_on: Literal["all_assistant", "last_assistant", "everything"] = Field(
@@ -236,14 +238,15 @@ def parse(schema: type[S], words: Sequence[str]) -> S:
     key (with the nearest known one), a value of the wrong kind, or settings that contradict each other.
     """
     tree: dict[str, Any] = {}
+    pairs = [word for word in words if "=" in word and not word.startswith("-")]
     for word in words:
-        if "=" in word and not word.startswith("-"):
-            key, _, text = word.partition("=")
-            _put(tree, key.strip(), _value(text))
-        elif word.endswith((".yaml", ".yml")):
+        if word.endswith((".yaml", ".yml")) and word not in pairs:
             _merge(tree, _read_yaml(Path(word)))
-        else:
+        elif word not in pairs:
             raise ConfigError(f"'{word}' is neither key=value nor a .yaml file; --help lists the keys")
+    for word in pairs:
+        key, _, text = word.partition("=")
+        _put(tree, key.strip(), _value(key.strip(), text))
     return build(schema, tree)
 
 
@@ -285,11 +288,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _value(text: str) -> Any:
+def _value(key: str, text: str) -> Any:
     """A word's value: YAML's reading, so that lists, numbers, true and null are what they look like."""
     try:
         return yaml.safe_load(text) if text.strip() else text
     except yaml.YAMLError:
+        if text.startswith("[") and text.endswith("]"):
+            raise ConfigError(f"'{key}' looks like a list that YAML cannot read: put its items in quotes") from None
         return text  # a regular expression, say: the field decides whether a string will do
 
 

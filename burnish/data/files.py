@@ -162,7 +162,7 @@ def _object(value: Any, origin: str) -> dict[str, Any]:
 
 def _parse(content: bytes, origin: str) -> Any:
     try:
-        return json.loads(content.decode("utf-8"))
+        return json.loads(content.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{origin}: not UTF-8 text ({error.reason} at byte {error.start} of it)") from None
     except json.JSONDecodeError as error:

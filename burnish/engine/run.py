@@ -51,8 +51,11 @@ class Run:
 
     def __enter__(self) -> Self:
         if self.mesh.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(self.config_yaml, encoding="utf-8")
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / "config.yaml").write_text(self.config_yaml, encoding="utf-8")
+            except OSError as error:
+                raise OSError(f"run.folder={self.folder} cannot be written: {error.strerror}") from None
             place = json.dumps(environment(self.mesh.device, self.mesh.world), indent=2)
             (self.folder / "environment.json").write_text(place + "\n", encoding="utf-8")
         if self.save.resume:
@@ -203,10 +206,10 @@ class Run:
                 file.truncate(state["metrics_bytes"])
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None:
-            raise KeyboardInterrupt  # asked twice: stop at once
+        if self._signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C: stop at once; job schedulers send SIGTERM twice and mean once
         self._signal = number
-        self.bar.write(f"{signal.Signals(number).name}: finishing this step, then saving (again: stop at once)")
+        self.bar.write(f"{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C: stop at once)")
 
     def _report_non_finite(self, error: NonFinite) -> str:
         record = {"step": error.step + 1, "quantity": error.quantity, "rows": error.rows}
@@ -214,7 +217,7 @@ class Run:
         path.write_text(json.dumps(record) + "\n", encoding="utf-8")
         return (
             f"the {error.quantity} of step {error.step + 1} is not finite; the data rows of that step are in {path}. "
-            "Look at them with `burnish data preview`, or lower optim.lr. The newest checkpoint holds finite weights"
+            "Look at them with `burnish data preview`, or lower optim.lr. No weight was changed by that step"
         )
 
     def _report_out_of_memory(self) -> str:

@@ -76,8 +76,10 @@ def open_trained(settings: TrainedModelSettings) -> Trained:
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if settings.device == "auto" else settings.device)
     decoder = load_model(base, settings.storage, device, activation_dtype(settings.dtype, device)).eval()
-    adapter = None
+    adapter, words = None, base
     if settings.adapter is not None:
-        load_adapter(decoder, find_adapter(settings.adapter), adapter := ADAPTER)
-    tokenizer = Tokenizer.load(base)
+        folder = find_adapter(settings.adapter)
+        load_adapter(decoder, folder, adapter := ADAPTER)
+        words = folder if (folder / "tokenizer.json").exists() else base  # it may have been trained on another template
+    tokenizer = Tokenizer.load(words)
     return Trained(decoder, adapter, tokenizer, ChatTemplate.open(settings.template, tokenizer))

@@ -84,3 +84,14 @@ def test_every_field_has_its_sentence_and_no_group_more_than_ten():
         assert sentence.endswith("."), key
         groups[key.split(".")[0]] = groups.get(key.split(".")[0], 0) + 1
     assert max(groups.values()) <= 10
+
+
+def test_files_come_first_wherever_they_stand(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("optim: {lr: 0.5}\n")
+    assert parse(TrainingSettings, ["optim.lr=0.25", str(path)]).optim.lr == 0.25
+
+
+def test_a_list_that_yaml_cannot_read_is_not_taken_for_text():
+    assert "put its items in quotes" in message("adapter.targets=[q_proj, what is 3 plus 4?]")
+    assert parse(TrainingSettings, ["adapter.targets=.*[qv]_proj"]).adapter.targets == ".*[qv]_proj"
