@@ -155,7 +155,9 @@ class Run:
         path = self.folder / f"{name}.json"
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
+        self.bar.set_description(f"measuring {name} training")
         value = work()
+        self.bar.set_description("training")
         self.write_json(path.name, value)
         self.mesh.wait()
         return value

@@ -14,18 +14,18 @@ from burnish.config import Settings, build
 from burnish.recipes import sft
 
 METHODS: dict[str, dict[str, Any]] = {
-    "full": {"model": {"storage": "full"}, "optim": {"lr": 1e-3}},
-    "lora": {"model": {"storage": "bf16"}, "optim": {"lr": 4e-3}},
-    "qlora": {"model": {"storage": "nf4"}, "optim": {"lr": 4e-3}},
+    "full": {"model": {"storage": "full"}},
+    "lora": {"model": {"storage": "bf16"}},
+    "qlora": {"model": {"storage": "nf4"}},
 }
-"""Folder name -> what sets the method apart; adapters take a higher learning rate than full weights."""
+"""Folder name -> what sets the method apart."""
 
 SHARED: dict[str, Any] = {
     "model": {"path": "embedded"},
     "data": {"path": "embedded", "max_length": 512},
-    "evaluate": {"path": "embedded", "general": "embedded", "prompts": 400, "max_tokens": 24},
-    "optim": {"schedule": "linear", "warmup": 0.1},
-    "run": {"step_tokens": 2048, "microbatch_tokens": 2048, "epochs": 1},
+    "evaluate": {"path": "embedded", "general": "embedded", "prompts": 442, "max_tokens": 24},
+    "optim": {"lr": 1e-3, "schedule": "linear", "warmup": 0.1},
+    "run": {"step_tokens": 1024, "microbatch_tokens": 1024, "epochs": 1},
     "save": {"every": 0},
 }
 
