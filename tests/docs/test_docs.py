@@ -33,7 +33,6 @@ from burnish.cli import main  # noqa: E402
 from burnish.config import fields, parse  # noqa: E402
 from burnish.data.audit import MEANINGS  # noqa: E402
 from burnish.data.formats import FORMATS, recognise  # noqa: E402
-from burnish.model import families  # noqa: E402
 from burnish.model.checkpoint import init_model, save_model, weight_shapes  # noqa: E402
 from burnish.model.families import parse_config  # noqa: E402
 from tests.tiny import TINY_CONFIG, tiny_tokenizer  # noqa: E402
@@ -42,7 +41,6 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-BASE = ROOT / "burnish" / "assets" / "base"
 
 BLOCK = re.compile(
     r"(?:^<!-- (not run|file): ([^\n]*?) -->\n)?^```(\w*)\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.M | re.S
@@ -210,29 +208,22 @@ def test_the_arithmetic_of_memory_is_right() -> None:
 
 @pages
 def test_commands_run_and_print_what_is_shown(page: Path, tmp_path: Path) -> None:
-    with standing(tmp_path) as embedded:
+    with standing(tmp_path):
         compared = [(block.shown, said) for block, said in run_page(page) if block.shown is not None]
-    if compared and not embedded:
-        pytest.skip(
-            "burnish/assets/base holds no model yet: the commands ran with a random one, their output was not compared"
-        )
     for shown, said in compared:
         assert said == shown, f"run {__file__} to put the new output in"
 
 
 @contextlib.contextmanager
-def standing(folder: Path) -> Iterator[bool]:
-    """The folder as a reader's own, with models in it; gives whether the embedded model is the one that ships."""
-    embedded = (BASE / "model.safetensors").is_file()
+def standing(folder: Path) -> Iterator[None]:
+    """The folder as a reader's own, with tiny models in it that have the names of real ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("XDG_CACHE_HOME", str(folder / ".cache"))
         for name in STAND_INS:
             tiny_model(folder / name)
         (folder / TEMPLATE_FREE / "chat_template.jinja").unlink()
-        if not embedded:
-            patch.setattr(families, "EMBEDDED", tiny_model(folder / ".embedded"))
-        yield embedded
+        yield
 
 
 def tiny_model(folder: Path) -> Path:
@@ -275,9 +266,9 @@ def run(words: list[str], may_fail: bool) -> str:
 def mend(page: Path, folder: Path) -> None:
     """Write the page anew with the lines that its links mean and the output that its commands give."""
     text = page.read_text(encoding="utf-8")
-    with standing(folder) as embedded:
+    with standing(folder):
         outputs = [(block.span, said) for block, said in run_page(page) if block.shown is not None]
-    for (start, end), said in reversed(outputs if embedded else []):
+    for (start, end), said in reversed(outputs):
         text = text[:start] + said + text[end:]
 
     def moved(link: re.Match[str]) -> str:
