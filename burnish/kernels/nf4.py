@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportIndexIssue=false
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
 """NF4 codes to a dense weight in one launch: the twin of `ops.nf4.dequantise`, equal to it bit for bit."""
 
 import torch

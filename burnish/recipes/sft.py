@@ -5,7 +5,13 @@ import math
 from typing import Any
 
 from burnish.config import TrainingSettings, to_yaml
+from burnish.data.prepare import prepare
+from burnish.data.stream import Stream
+from burnish.data.templates import ChatTemplate
+from burnish.data.tokenizer import Tokenizer
 from burnish.engine.preflight import preflight
+from burnish.model.families import find_model
+from burnish.types import Batch
 
 
 class Config(TrainingSettings):
@@ -14,28 +20,22 @@ class Config(TrainingSettings):
 
 def main(config: Config) -> dict[str, Any]:
     """Trains and evaluates; gives the run's row of results, which is also in results.json of its folder."""
-    preflight(config)  # what can be wrong without torch is said before the seconds that loading torch takes
+    # 1. Data: rows -> token sequences with a weight per token. Whatever is wrong with settings, paths or rows is said
+    #    before the seconds that loading torch takes.
+    preflight(config)
+    base, budget = find_model(config.model.path, config.model.revision), config.run.microbatch_tokens
+    tokenizer = Tokenizer.load(base)
+    template = ChatTemplate.open(config.model.template, tokenizer)
+    data = prepare(config.data, config.evaluate, tokenizer, template, config.run.seed, budget=budget)
 
-    from burnish.data.prepare import prepare
-    from burnish.data.stream import Stream
-    from burnish.data.templates import ChatTemplate
-    from burnish.data.tokenizer import Tokenizer
     from burnish.engine.assemble import open_learner, open_model, save_trained
     from burnish.engine.mesh import open_mesh
     from burnish.engine.run import Run
     from burnish.evaluate.judge import Judge
     from burnish.losses.likelihood import cross_entropy
-    from burnish.model.families import find_model
     from burnish.report.results import finish, method_name
-    from burnish.types import Batch
 
     with open_mesh(config.run.device) as mesh:
-        # 1. Data: rows -> token sequences with a weight per token; the audit says what became of every row.
-        base = find_model(config.model.path, config.model.revision)
-        tokenizer = Tokenizer.load(base)
-        template = ChatTemplate.open(config.model.template, tokenizer)
-        budget = config.run.microbatch_tokens
-        data = prepare(config.data, config.evaluate, tokenizer, template, config.run.seed, budget=budget)
         if mesh.is_main:
             print("\n".join(data.audit.lines()))
 
@@ -61,13 +61,11 @@ def main(config: Config) -> dict[str, Any]:
             before = run.once("before", judge.verdict)
             for step in run.steps():
                 batches = [batch.to(mesh.device) for batch in stream.step(step)]
-                metrics = learner.step(batches, objective, count=lambda batch: batch.total_weight)
-                run.log(metrics)
+                run.log(learner.step(batches, objective, count=lambda batch: batch.total_weight))
                 if config.evaluate.every and (step + 1) % config.evaluate.every == 0:
                     run.log_evaluation(judge.losses())
             after = run.once("after", judge.verdict)
 
             # 5. What is left of it: a model or an adapter folder, the table, the page.
-            method = method_name(config.model.storage, config.adapter.kind)
             save_trained(learner, model, run.folder, base, config, tokenizer, template)
-            return finish(run, run.folder, method, before, after)
+            return finish(run, run.folder, method_name(config.model.storage, config.adapter.kind), before, after)

@@ -67,5 +67,5 @@ def _settings(own: dict[str, Any], folder: Path, quick: bool) -> dict[str, Any]:
     groups["run"]["folder"] = str(folder)
     if quick:
         groups["run"]["steps"] = 4
-        groups["evaluate"]["prompts"] = 24
+        groups["evaluate"] |= {"prompts": 24, "general": None}
     return groups
