@@ -125,8 +125,8 @@ class Config(Settings):
     """How much text, how often, and where."""
 
     out: str = Field(default="runs/base", description="The folder for the corpus, the untrained folder and the run.")
-    documents: int = Field(default=80_000, ge=1, description="Documents of the corpus, some 360 tokens each.")
-    epochs: float = Field(default=6.0, gt=0, description="Passes over the corpus.")
+    documents: int = Field(default=80_000, ge=1, description="Documents of the corpus, some 340 tokens each.")
+    epochs: float = Field(default=4.0, gt=0, description="Passes over the corpus.")
     lr: float = Field(default=3e-3, gt=0, description="Peak learning rate.")
     step_tokens: int = Field(default=32_768, ge=1024, description="Tokens per step.")
     device: str = Field(default="auto", description="auto, cpu or cuda.")
