@@ -33,20 +33,33 @@ from burnish.model.adapters import (
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+ABOUT_FILE = "burnish.json"
 
 
-def save_adapter(model: nn.Module, name: str, folder: Path, base: str, tokenizer_folder: Path | None = None) -> None:
+def save_adapter(
+    model: nn.Module,
+    name: str,
+    folder: Path,
+    base: str,
+    tokenizer_folder: Path | None = None,
+    about: Mapping[str, object] | None = None,
+    revision: str | None = None,
+) -> None:
     """Write the adapter called `name` as a PEFT folder, whole or not at all.
 
-    `base` is the model it was trained on, a hub id or a path. Raises ValueError for a folder that holds anything else
-    than an adapter: it is replaced as a whole.
+    `base` is the model it was trained on, a hub id or a path, and `revision` which commit or branch of it. `about` is
+    what `read_about` gives back; PEFT passes it over. Raises ValueError for a folder that holds anything else than an
+    adapter: it is replaced as a whole.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder} holds something else than an adapter: choose another folder")
     config, tensors = to_peft(adapter_layers(model, name), list(linear_layers(model)), base)
+    config["revision"] = revision
+    documents = {CONFIG_FILE: config} | ({} if about is None else {ABOUT_FILE: dict(about)})
     with written_aside(folder) as aside:
         save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
-        (aside / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for file, document in documents.items():
+            (aside / file).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for file in TOKENIZER_FILES:
             if tokenizer_folder is not None and (tokenizer_folder / file).is_file():
                 shutil.copyfile(tokenizer_folder / file, aside / file)
@@ -107,7 +120,6 @@ def to_peft(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "modules_to_save": None,
-        "revision": None,
         "target_modules": targets,
         "task_type": "CAUSAL_LM",
     }
@@ -136,11 +148,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise ValueError(f"{folder} is no adapter: there is no {CONFIG_FILE} in it")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    kind = config.get("peft_type") if isinstance(config, dict) else None
+    config = _read_object(file)
+    kind = config.get("peft_type")
     if kind not in ("LORA", "IA3"):
         raise ValueError(f"{file}: peft_type is {kind}; LORA (with DoRA) and IA3 can be read")
     for key, value in config.items():
@@ -158,6 +167,15 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         if not isinstance(value, int | float) or value < lowest or (key == "r" and value != int(value)):
             raise ValueError(f"{file}: {key}={value} must be a number, at least {lowest}")
     return config
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What was said of an adapter when it was saved, as `save_adapter` was given it; empty where nothing was.
+
+    Raises ValueError for a file that is damaged.
+    """
+    file = folder / ABOUT_FILE
+    return _read_object(file) if file.is_file() else {}
 
 
 def spec_from_peft(config: Mapping[str, Any], all_layers: list[str], file: Path) -> AdapterSpec:
@@ -186,6 +204,16 @@ def spec_from_peft(config: Mapping[str, Any], all_layers: list[str], file: Path)
     ranks = {path: spec.rank_of(path) for path in targets if spec.rank_of(path) != spec.rank}
     alphas = {path: spec.alpha_of(path) for path in targets if spec.alpha_of(path) != spec.alpha}
     return replace(spec, rank_pattern=ranks, alpha_pattern=alphas)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged: it holds no JSON object")
+    return cast(dict[str, Any], found)
 
 
 def _low_rank_config(layers: Mapping[str, LoRA | DoRA]) -> tuple[dict[str, Any], dict[str, float]]:

@@ -4,10 +4,11 @@ Reading never holds more than one full-precision tensor beside what it becomes, 
 the host's memory can be quantised onto one card. Everything that a header tells is checked before the first tensor.
 """
 
+import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,28 @@ def weight_shapes(config: DecoderConfig) -> dict[str, Shape]:
     return outline.shapes
 
 
+def base_fingerprint(folder: Path) -> str:
+    """Sixteen hex digits that tell the model in a folder from others, its own fine-tunes among them.
+
+    They hash, in bf16, the first rows of every matrix and the whole of every norm and bias: some megabytes are read of
+    a model of many gigabytes. They are the same however the weights are sharded, and whether they are stored in 32 bits
+    or rounded to bf16; a bitsandbytes NF4 checkpoint of the same model has digits of its own. The head is left out:
+    a tied one may be stored or not. Raises ValueError for files that cannot be read.
+    """
+    digest = hashlib.sha256()
+    with ExitStack() as stack:
+        files = _open(folder, stack)
+        where = {name: handle for handle in files.values() for name in handle.keys()}  # noqa: SIM118
+        prefix = _prefix(where)
+        for name in sorted(name for name in where if name.startswith(prefix)):
+            # The scales and tables of a quantised weight are called NAME.weight.SOMETHING.
+            if name.endswith((".weight", ".bias")) and not name.endswith("lm_head.weight"):
+                part = _first_rows(where[name].get_slice(name))
+                digest.update(f"{name.removeprefix(prefix)} {tuple(part.shape)}\n".encode())
+                digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 @dataclass(frozen=True, slots=True)
 class _Keeping:
     """How and where weights are kept."""
@@ -161,11 +184,7 @@ class _Checkpoint:
         self.keeping = keeping
         self.files = files
         self.where = {name: file for file, handle in files.items() for name in handle.keys()}  # noqa: SIM118
-        # Older files lack the `model.` in front, those of models that also see have more in front.
-        embedding = next(
-            (name for name in self.where if name.endswith("embed_tokens.weight")), "model.embed_tokens.weight"
-        )
-        self.prefix = embedding.removesuffix("embed_tokens.weight")
+        self.prefix = _prefix(self.where)
         self.head = next((name for name in self.where if name.endswith("lm_head.weight")), "lm_head.weight")
 
     def check(self, shapes: Mapping[str, Shape], config: DecoderConfig) -> None:
@@ -266,6 +285,23 @@ def _open(folder: Path, stack: ExitStack) -> dict[Path, Any]:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: damaged or cut short ({error}); copy the file again") from None
     return files
+
+
+def _prefix(names: Iterable[str]) -> str:
+    """What the names of a checkpoint have in place of the decoder's `model.`.
+
+    Older files lack it, those of models that also see have more in front.
+    """
+    ending = "embed_tokens.weight"
+    return next((name.removesuffix(ending) for name in names if name.endswith(ending)), "model.")
+
+
+def _first_rows(stored: Any) -> Tensor:
+    """The first rows of a matrix, or a whole vector, in bf16; of what is not floating point, the first values."""
+    if len(stored.get_shape()) == 1:
+        return stored[:].to(torch.bfloat16)
+    part: Tensor = stored[:4]
+    return part.to(torch.bfloat16) if part.is_floating_point() else stored[:4096]
 
 
 def _listed(names: list[str]) -> str:

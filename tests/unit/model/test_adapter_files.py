@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from burnish.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
+from burnish.model.adapter_files import ABOUT_FILE, CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_about, save_adapter
 from burnish.model.adapters import AdapterSpec, adapter_layers, adapter_names, adapter_parameters, add_adapter
 from burnish.model.checkpoint import load_model
 from burnish.model.decoder import Decoder
@@ -150,6 +150,27 @@ def test_the_folder_is_portable(bases: dict[str, Path], tmp_path: Path) -> None:
     for path, adapter in adapter_layers(ours, "policy").items():
         down, up = (tensors[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
         torch.testing.assert_close(scale * up @ down, 6.0 / adapter.rank * (adapter.B @ adapter.A).detach())
+
+
+def test_what_is_said_about_an_adapter_is_read_again_and_peft_passes_it_over(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    base, folder = bases["LlamaForCausalLM"], tmp_path / "adapter"
+    ours = trained(base, SPECS["lora"])
+    about = {"method": "sft", "base": {"fingerprint": "0123", "storage": "nf4"}}
+    save_adapter(ours, "policy", folder, base="owner/base", about=about, revision="0a1b2c")
+    assert read_about(folder) == about
+    text = (folder / ABOUT_FILE).read_text()
+    assert text == json.dumps(about, indent=2, sort_keys=True) + "\n"
+    assert peft.PeftConfig.from_pretrained(folder).revision == "0a1b2c"
+    assert difference(ours, with_peft(base, folder), "policy") < 2e-4
+    save_adapter(ours, "policy", folder, base="owner/base")
+    assert read_about(folder) == {}
+    assert json.loads((folder / CONFIG_FILE).read_text())["revision"] is None
+    for damaged in ("[]", "{"):
+        (folder / ABOUT_FILE).write_text(damaged)
+        with pytest.raises(ValueError, match=r"burnish\.json is (not JSON|damaged)"):
+            read_about(folder)
 
 
 def saved(bases: dict[str, Path], folder: Path, which: str = "lora") -> tuple[Decoder, Path]:

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from burnish.model import checkpoint
 from burnish.model.adapters import ADAPTERS, AdapterSpec, adapter_parameters, add_adapter
-from burnish.model.checkpoint import load_model, save_model
+from burnish.model.checkpoint import base_fingerprint, load_model, save_model
 from burnish.model.decoder import Decoder
 from tests.tiny import tiny_batch, tiny_folder
 
@@ -200,6 +201,27 @@ def test_a_merged_model_gives_the_logits_of_the_adapted_one(tmp_path: Path, kind
     merged = logits(load_model(tmp_path / "merged", "fp32"))
     assert not torch.allclose(merged, logits(model), atol=0.1)
     torch.testing.assert_close(merged, logits(model, "a"), rtol=1e-4, atol=1e-4)
+
+
+def test_the_fingerprint_is_that_of_the_weights_and_not_of_their_files(original: Path, tmp_path: Path) -> None:
+    model = load_model(original, "bf16")
+    folders = {name: tmp_path / name for name in ("bf16", "fp32", "sharded", "short", "tied")}
+    save_model(model, folders["bf16"], original)
+    save_model(model, folders["fp32"], original, dtype=torch.float32)
+    save_model(model, folders["sharded"], original, max_shard_bytes=20_000)
+    for name in ("short", "tied"):
+        shutil.copytree(folders["bf16"], folders[name])
+    rewrite(folders["short"], lambda t: [t.update({n.removeprefix("model."): t.pop(n)}) for n in list(t)])
+    rewrite(folders["tied"], lambda t: t.pop("lm_head.weight"))
+    prints = {base_fingerprint(folder) for folder in (original, *folders.values())}  # the original is fp32
+    assert len(prints) == 1
+    assert re.fullmatch("[0-9a-f]{16}", prints.pop())
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "norm", "layers.1.mlp.down_proj", "layers.0.input_layernorm"])
+def test_the_fingerprint_of_a_model_with_one_other_weight_is_another(original: Path, folder: Path, name: str) -> None:
+    rewrite(folder, lambda t: t[f"model.{name}.weight"].mul_(1.5))
+    assert base_fingerprint(folder) != base_fingerprint(original)
 
 
 class LiveBytes(TorchDispatchMode):
