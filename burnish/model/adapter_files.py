@@ -103,7 +103,7 @@ def read_adapter(
 def fill_adapter(adapter: Adapter, parts: Mapping[str, Tensor], trainable: bool = False) -> None:
     """Give an adapter's part in one layer the values that `read_adapter` found for it."""
     for key, attribute in _TENSORS[adapter.kind].items():
-        parameter: nn.Parameter = getattr(adapter, attribute)
+        parameter = adapter.get_parameter(attribute)
         parameter.data.copy_(parts[key].reshape(parameter.shape))
         parameter.requires_grad_(trainable)
 
@@ -131,12 +131,13 @@ def to_peft(
             feedforward, config["target_modules"] = sorted(inward), sorted(layers)
         config |= {"peft_type": "IA3", "feedforward_modules": feedforward, "init_ia3_weights": True}
     else:
-        low_rank, factors = _low_rank_config({path: cast(LoRA | DoRA, adapter) for path, adapter in layers.items()})
-        config |= low_rank
+        updates = {path: adapter.lora if isinstance(adapter, DoRA) else adapter for path, adapter in layers.items()}
+        low_rank, factors = _low_rank_config(cast(dict[str, LoRA], updates))
+        config |= low_rank | {"use_dora": kind == "dora"}
     tensors: dict[str, Tensor] = {}
     for path, adapter in layers.items():
         for key, attribute in _TENSORS[kind].items():
-            tensor: Tensor = getattr(adapter, attribute).detach().cpu()
+            tensor = adapter.get_parameter(attribute).detach().cpu()
             if key == "lora_B.weight":
                 tensor = tensor * factors[path]
             tensors[f"{_PREFIX}{path}.{key}"] = tensor.reshape(_file_shape(adapter, tensor)).contiguous()
@@ -216,7 +217,7 @@ def _read_object(file: Path) -> dict[str, Any]:
     return cast(dict[str, Any], found)
 
 
-def _low_rank_config(layers: Mapping[str, LoRA | DoRA]) -> tuple[dict[str, Any], dict[str, float]]:
+def _low_rank_config(layers: Mapping[str, LoRA]) -> tuple[dict[str, Any], dict[str, float]]:
     """The part of the config about ranks and scales, and what each layer's B is multiplied by in the file.
 
     vLLM knows one scale for all layers, that of `r` and `lora_alpha`, and reads no patterns; PEFT knows a rank and an
@@ -235,7 +236,6 @@ def _low_rank_config(layers: Mapping[str, LoRA | DoRA]) -> tuple[dict[str, Any],
         "peft_type": "LORA",
         "r": first.rank,
         "rank_pattern": ranks,
-        "use_dora": first.kind == "dora",
         "use_rslora": first.rslora,
     }
     return config, {path: adapter.scale / first.scale for path, adapter in layers.items()}
@@ -315,7 +315,7 @@ _PREFIX = "base_model.model."
 
 _TENSORS = {
     "lora": {"lora_A.weight": "A", "lora_B.weight": "B"},
-    "dora": {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude"},
+    "dora": {"lora_A.weight": "lora.A", "lora_B.weight": "lora.B", "lora_magnitude_vector": "magnitude"},
     "ia3": {"ia3_l": "factors"},
 }
 """What PEFT calls the parameters of each kind of adapter."""

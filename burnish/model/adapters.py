@@ -73,7 +73,9 @@ class LoRA(nn.Module):
 
     def forward(self, x: Float[Tensor, "*T I"], y: Float[Tensor, "*T O"], stored: Stored) -> Float[Tensor, "*T O"]:
         """y with the update added, in the dtype of x."""
-        return y + _low_rank(x, self.A, self.B, self.scale, self.dropout if self.training else 0.0)
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        return y + F.linear(F.linear(x, self.A.to(x.dtype)) * self.scale, self.B.to(x.dtype))
 
     def merge(self, weight: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
         """W + s·B·A, computed and returned in fp32."""
@@ -95,30 +97,22 @@ class DoRA(nn.Module):
 
     def __init__(self, stored: Stored, path: str, spec: AdapterSpec, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.rank, self.alpha = spec.rank_of(path), spec.alpha_of(path)
-        self.rslora, self.dropout = spec.rslora, spec.dropout
-        self.A, self.B = _factors(stored, self.rank, generator)
+        self.lora = LoRA(stored, path, spec, generator)
         squares_O = _row_squares(stored)
         self.magnitude = nn.Parameter(squares_O.sqrt())
         # A frozen weight's row norms never change. Not saved: they belong to the base.
         self.squares: Tensor | None
         self.register_buffer("squares", None if _is_trained(stored) else squares_O, persistent=False)
 
-    @property
-    def scale(self) -> float:
-        """s, which B·A·x is multiplied by."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
     def forward(self, x: Float[Tensor, "*T I"], y: Float[Tensor, "*T O"], stored: Stored) -> Float[Tensor, "*T O"]:
         """y with the update added and its components rescaled, in the dtype of x."""
-        y = y + _low_rank(x, self.A, self.B, self.scale, self.dropout if self.training else 0.0)
-        # The ratio stays fp32: in bf16 it could not move from 1 by less than 1/256. Autograd keeps y as it is.
-        return (y * (self.magnitude / self._row_norms(stored))).to(x.dtype)
+        # The ratio stays fp32: in bf16 it could not move from 1 by less than 1/256. Autograd keeps what it multiplies.
+        return (self.lora(x, y, stored) * (self.magnitude / self._row_norms(stored))).to(x.dtype)
 
     @torch.no_grad()
     def _row_norms(self, stored: Stored) -> Float[Tensor, " O"]:
         """‖W + s·B·A‖ row by row: ‖w‖² + 2s·(W Aᵀ)·b + s²·b·(A Aᵀ)·b, which forms neither B·A nor their sum."""
-        A, B, scale = self.A.float(), self.B.float(), self.scale
+        A, B, scale = self.lora.A.float(), self.lora.B.float(), self.lora.scale
         squares_O = _row_squares(stored) if self.squares is None else self.squares
         cross_OR = stored.matmul(A).T
         squares_O = squares_O + (B * (2 * scale * cross_OR + scale**2 * (B @ (A @ A.T)))).sum(dim=1)
@@ -126,7 +120,7 @@ class DoRA(nn.Module):
 
     def merge(self, weight: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
         """W', computed and returned in fp32."""
-        updated = torch.addmm(weight.float(), self.B.detach(), self.A.detach(), alpha=self.scale)
+        updated = self.lora.merge(weight)
         return updated * (self.magnitude.detach() / updated.norm(dim=1)).unsqueeze(1)
 
     def merge_bias(self, bias: Float[Tensor, " O"]) -> Float[Tensor, " O"]:
@@ -300,12 +294,6 @@ def _factors(stored: Stored, rank: int, generator: torch.Generator | None) -> tu
     device = torch.device("cpu") if generator is None else generator.device
     A = torch.rand(rank, inputs, generator=generator, device=device).mul_(2).sub_(1).mul_(inputs**-0.5)
     return nn.Parameter(A.to(_device(stored))), nn.Parameter(torch.zeros(outputs, rank, device=_device(stored)))
-
-
-def _low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
-    if dropout:
-        x = F.dropout(x, dropout)
-    return F.linear(F.linear(x, A.to(x.dtype)) * scale, B.to(x.dtype))
 
 
 @torch.no_grad()

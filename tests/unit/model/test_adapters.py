@@ -104,11 +104,11 @@ def test_doras_rows_have_the_length_of_their_magnitude() -> None:
     adapter = adapter_layers(model, "policy")["q_proj"]
     assert isinstance(adapter, DoRA)
     torch.testing.assert_close(adapter.magnitude, model.q_proj.stored.weight.norm(dim=1))
-    nn.init.normal_(adapter.B)
+    nn.init.normal_(adapter.lora.B)
     adapter.magnitude.data = torch.linspace(1, 2, 6)
     effective = model.q_proj(torch.eye(10), "policy").T
     torch.testing.assert_close(effective.norm(dim=1), adapter.magnitude)
-    updated = model.q_proj.stored.weight + 1.5 * adapter.B @ adapter.A
+    updated = model.q_proj.stored.weight + 1.5 * adapter.lora.B @ adapter.lora.A
     torch.testing.assert_close(effective / adapter.magnitude[:, None], updated / updated.norm(dim=1, keepdim=True))
 
 
