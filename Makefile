@@ -25,7 +25,7 @@ demo: $(BIN)/burnish ## fine-tune the embedded base with full, LoRA and QLoRA we
 	$(BIN)/burnish demo out=runs/demo
 
 test: $(VENV)/dev ## run the whole test suite (CPU)
-	$(BIN)/pytest -n 2 --dist worksteal tests --ignore tests/gpu
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests --ignore tests/gpu
 
 check: $(VENV)/dev ## format, lint, types, layers, size budget, structure
 	$(BIN)/ruff format --check .

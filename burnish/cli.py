@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import burnish
-from burnish.config import ConfigError, fields, nearest_name, parse
+from burnish.config import ConfigError, Stopped, fields, nearest_name, parse
 
 FLAGS = {
     "--help": "show this and stop",
@@ -39,11 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"burnish {words[0]}: stopped", file=sys.stderr)
         return 130
+    except Stopped as stopped:
+        print(f"burnish {words[0]}: {stopped}", file=sys.stderr)
+        return 130
     except Exception as error:
-        if type(error).__name__ == "Stopped":  # named, not imported: the engine would bring torch into every command
-            print(f"burnish {words[0]}: {error}", file=sys.stderr)
-            return 130
-        raise
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, named because torch is not imported here
+            raise
+        advice = "model.storage=nf4, a smaller run.microbatch_tokens or another device needs less"
+        print(f"burnish {words[0]}: out of memory: {advice} ({' '.join(str(error).split())})", file=sys.stderr)
+        return 1
 
 
 def _run(words: list[str]) -> int:

@@ -4,6 +4,7 @@ Every recipe and tool declares a `Settings` class and reads it with `parse`. A k
 wrong kind and two settings that contradict each other are all found here, before torch is imported.
 """
 
+import contextlib
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,8 +49,11 @@ class TrainedModelSettings(Settings):
         default=None, description="A model folder, run folder, hub id or `embedded`; none: the adapter's base."
     )
     adapter: str | None = Field(default=None, description="An adapter folder in PEFT's layout, or the folder of a run.")
-    storage: Literal["bf16", "fp32", "nf4"] = Field(default="bf16", description="How the base weights are kept.")
-    template: str = Field(default="auto", description="The chat template, as in training.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id; none: the adapter's.")
+    storage: Literal["auto", "bf16", "fp32", "nf4"] = Field(
+        default="auto", description="How the base weights are kept; `auto`: as when the adapter was trained, else bf16."
+    )
+    template: str = Field(default="auto", description="The chat template; `auto`: the one of training.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto` is cuda where there is one.")
     dtype: Literal["auto", "bf16", "fp32"] = Field(
         default="auto", description="Of activations; `auto`: bf16 on cuda, fp32 on cpu."
@@ -93,7 +97,9 @@ class DataSettings(Settings):
     train_on: Literal["all_assistant", "last_assistant", "everything"] = Field(
         default="all_assistant", description="Which turns of a conversation count in the loss."
     )
-    max_length: int = Field(default=2048, ge=2, description="The longest sequence, in tokens.")
+    max_length: int = Field(
+        default=2048, ge=2, description="The longest sequence, in tokens. At most run.microbatch_tokens."
+    )
     too_long: Literal["drop", "split", "error"] = Field(
         default="drop", description="What becomes of a longer one. Nothing is ever cut silently; the audit counts them."
     )
@@ -155,7 +161,9 @@ class RunSettings(Settings):
         default=16384, ge=1, description="Tokens per optimizer step, over all micro-batches and ranks."
     )
     microbatch_tokens: int = Field(
-        default=4096, ge=2, description="Tokens per forward pass on one device: what memory depends on."
+        default=4096,
+        ge=2,
+        description="Tokens per forward pass on one device: what memory depends on. At most run.step_tokens.",
     )
     checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass: less memory, more time."
@@ -173,6 +181,10 @@ class SaveSettings(Settings):
         default=2, ge=1, description="How many of the newest checkpoints to keep; the best is kept besides."
     )
     resume: bool = Field(default=False, description="Continue the run in run.folder from its newest checkpoint.")
+    dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="Of a fully trained model's files: fp32 is what was trained; bf16 halves and rounds it.",
+    )
     log_every: int = Field(default=1, ge=1, description="Steps between lines of metrics.jsonl.")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         default=("tensorboard",), description="Where metrics go besides metrics.jsonl."
@@ -194,9 +206,10 @@ class TrainingSettings(Settings):
     @classmethod
     def _resolve(cls, given: Any) -> Any:
         """Turn `auto` storage and adapter and no learning rate into what they stand for: the written config says it."""
-        if not isinstance(given, dict) or any(isinstance(given.get(key), (str, int, float)) for key in given):
+        if not isinstance(given, dict) or not all(isinstance(group, (Mapping, Settings)) for group in given.values()):
             return given  # a group given as a plain value: the field's own validation says so
-        model, adapter, optim = ({**(given.get(key) or {})} for key in ("model", "adapter", "optim"))
+        groups = {key: dict(given.get(key) or {}) for key in ("model", "adapter", "optim", "run", "data")}
+        model, adapter, optim, run, data = groups.values()
         storage, kind = model.get("storage", "auto"), adapter.get("kind", "auto")
         if storage == "auto":
             model["storage"] = storage = "full" if kind == "none" else "bf16"
@@ -204,7 +217,12 @@ class TrainingSettings(Settings):
             adapter["kind"] = kind = "none" if storage == "full" else "lora"
         if optim.get("lr") is None:
             optim["lr"] = 2e-5 if storage == "full" else 2e-4
-        return {**given, "model": model, "adapter": adapter, "optim": optim}
+        with contextlib.suppress(TypeError, ValueError):  # values of a wrong kind are for the fields to complain about
+            step = int(run.get("step_tokens", RunSettings.model_fields["step_tokens"].default))
+            longest = int(data.get("max_length", 0))
+            run.setdefault("microbatch_tokens", max(longest, min(4096, step)))
+            data.setdefault("max_length", min(2048, int(run["microbatch_tokens"])))
+        return {**given, **groups}
 
     @model_validator(mode="after")
     def _agree(self) -> "TrainingSettings":
@@ -215,6 +233,11 @@ class TrainingSettings(Settings):
                 + " to train: write model.storage=full adapter.kind=none for full weights, "
                 "or model.storage=bf16|nf4 adapter.kind=lora|dora|ia3 for an adapter"
             )
+        if self.run.step_tokens < self.run.microbatch_tokens:
+            raise ValueError(
+                f"run.step_tokens={self.run.step_tokens} is less than one micro-batch of "
+                f"run.microbatch_tokens={self.run.microbatch_tokens}: write run.microbatch_tokens={self.run.step_tokens}"
+            )
         if self.run.microbatch_tokens < self.data.max_length:
             raise ValueError(
                 f"run.microbatch_tokens={self.run.microbatch_tokens} is less than "
@@ -222,6 +245,10 @@ class TrainingSettings(Settings):
                 f"run.microbatch_tokens={self.data.max_length} or data.max_length={self.run.microbatch_tokens}"
             )
         return self
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved itself; the message says how to go on."""
 
 
 class ConfigError(ValueError):
@@ -244,9 +271,10 @@ def parse(schema: type[S], words: Sequence[str]) -> S:
             _merge(tree, _read_yaml(Path(word)))
         elif word not in pairs:
             raise ConfigError(f"'{word}' is neither key=value nor a .yaml file; --help lists the keys")
+    kinds = {key: kind for key, kind, *_ in fields(schema)}
     for word in pairs:
         key, _, text = word.partition("=")
-        _put(tree, key.strip(), _value(key.strip(), text))
+        _put(tree, key.strip(), _value(kinds.get(key.strip(), ""), key.strip(), text))
     return build(schema, tree)
 
 
@@ -288,14 +316,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _value(key: str, text: str) -> Any:
-    """A word's value: YAML's reading, so that lists, numbers, true and null are what they look like."""
+def _value(kind: str, key: str, text: str) -> Any:
+    """A word's value: as it stands where text is wanted, else YAML's reading: lists, numbers, true and null."""
+    listed = text.startswith("[") and text.endswith("]")
+    if kind.startswith("str") and not (listed and "tuple" in kind):
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        return None if text in ("none", "null") and "none" in kind else text[1:-1] if quoted else text
     try:
         return yaml.safe_load(text) if text.strip() else text
     except yaml.YAMLError:
-        if text.startswith("[") and text.endswith("]"):
+        if listed:
             raise ConfigError(f"'{key}' looks like a list that YAML cannot read: put its items in quotes") from None
-        return text  # a regular expression, say: the field decides whether a string will do
+        return text
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -351,9 +383,7 @@ def nearest_name(name: str, known: Sequence[str]) -> str | None:
 
 
 def _kind_name(kind: Any) -> str:
-    text = kind.__name__ if isinstance(kind, type) else str(kind)
-    for prefix in ("typing.", "pathlib."):
-        text = text.replace(prefix, "")
+    text = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
     if text.startswith("Literal["):
         return text.removeprefix("Literal[").removesuffix("]").replace("'", "").replace(", ", "|")
     return text.replace(" | None", " or none")

@@ -1,5 +1,7 @@
 """The order in which a run sees its data: step number in, batches out. Imports torch only when it collates."""
 
+import hashlib
+import math
 from collections.abc import Sequence as Listed
 from typing import TYPE_CHECKING
 
@@ -45,7 +47,20 @@ class Stream:
     @property
     def steps_per_epoch(self) -> int:
         """Steps until every sequence has been seen."""
-        return -(-len(self._packs) // (self.microbatches * self._world))
+        return self.steps_in(1)
+
+    def steps_in(self, epochs: float) -> int:
+        """Steps until so many passes over the data are complete."""
+        return math.ceil(epochs * len(self._packs) / (self.microbatches * self._world))
+
+    @property
+    def fingerprint(self) -> str:
+        """A name for everything that decides what a step holds: the sequences, their packs, the seed."""
+        known = hashlib.sha256(f"{self._seed} {self.microbatches * self._world}".encode())
+        packs = numpy.concatenate([numpy.asarray([len(pack), *pack]) for pack in self._packs])
+        for array in (self._corpus.ids, self._corpus.weights, self._corpus.starts, packs):
+            known.update(array.tobytes())
+        return known.hexdigest()[:16]
 
     @property
     def num_packs(self) -> int:

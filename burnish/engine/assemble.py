@@ -8,10 +8,10 @@ from burnish.config import AdapterSettings, ModelSettings, OptimSettings, RunSet
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
 from burnish.engine.learner import Learner
-from burnish.engine.mesh import Mesh, shard, whole
+from burnish.engine.mesh import Mesh, shard
 from burnish.model.adapter_files import save_adapter
 from burnish.model.adapters import AdapterSpec, adapter_parameters, add_adapter
-from burnish.model.checkpoint import init_model, load_model, save_model
+from burnish.model.checkpoint import base_fingerprint, init_model, load_model, save_model
 from burnish.model.decoder import Decoder
 from burnish.optim.adamw import adamw
 from burnish.optim.schedule import multiplier
@@ -45,6 +45,7 @@ def open_model(
     if run.compile == "on" or (run.compile == "auto" and mesh.device.type == "cuda"):
         decoder.compile_blocks()
     shard(decoder, decoder.model.layers, mesh)
+    torch.manual_seed(run.seed + mesh.rank)  # what is drawn from here on, dropout, differs from rank to rank
     return decoder, name
 
 
@@ -63,7 +64,7 @@ def save_trained(
     """
     mesh, full = learner.mesh, settings.adapter.kind == "none"
     if mesh.world > 1:
-        trained = {name: whole(parameter.detach()).cpu() for name, parameter in learner.parameters.items()}
+        trained = mesh.gather(learner.parameters)
         if not mesh.is_main:
             return
         here = Mesh(torch.device("cpu"))
@@ -71,9 +72,16 @@ def save_trained(
         for key, parameter in (adapter_parameters(decoder, name) if name else dict(decoder.named_parameters())).items():
             parameter.data.copy_(trained[key])
     if full:
-        save_model(decoder, folder / "model", base, dtype=torch.bfloat16)
+        dtype = torch.float32 if settings.save.dtype == "fp32" else torch.bfloat16
+        save_model(decoder, folder / "model", base, dtype=dtype)
     else:
-        save_adapter(decoder, POLICY, folder / "adapter", settings.model.path, base)
+        about = {
+            "base_fingerprint": base_fingerprint(base),
+            "storage": settings.model.storage,
+            "double_quant": settings.model.double_quant,
+        }
+        name, revision = settings.model.path, settings.model.revision
+        save_adapter(decoder, POLICY, folder / "adapter", name, base, about=about, revision=revision)
     if settings.model.template != "auto":  # who serves it must ask in the form that it was trained on
         tokenizer.save(folder / ("model" if full else "adapter"), template.source)
 

@@ -47,13 +47,15 @@ def newest_checkpoint(parent: Path) -> Path | None:
 
 def prune(parent: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints and the one with the lowest `eval_loss`."""
+    for remains in parent.glob(".old-step-*"):  # of an earlier pruning that was cut short
+        shutil.rmtree(remains)
     every = sorted(parent.glob("step-*"))
     losses = {path: json.loads((path / "state.json").read_text())["eval_loss"] for path in every}
     measured = {path: loss for path, loss in losses.items() if loss is not None}
     best = min(measured, key=lambda path: measured[path]) if measured else None
     for path in every[:-keep]:
-        if path != best:
-            shutil.rmtree(path)
+        if path != best:  # renamed first: a process that dies in between leaves no checkpoint that lacks a part
+            shutil.rmtree(path.rename(path.with_name(f".old-{path.name}")))
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

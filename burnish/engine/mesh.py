@@ -4,13 +4,15 @@ Only the engine speaks torch.distributed.
 """
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -32,6 +34,26 @@ class Mesh:
             values = values.clone()
             dist.all_reduce(values)
         return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return bool(self.sum(torch.tensor([float(flag)], device=self.device))) if self.world > 1 else flag
+
+    def collect(self, value: Any) -> list[Any]:
+        """The small values of all ranks, in order, on every rank."""
+        values: list[Any] = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The whole tensors, gathered one at a time onto the main rank's host; nothing on others. All must call it."""
+        found: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            entire = whole(tensor.detach())
+            if self.is_main:
+                found[name] = entire.cpu()
+        return found
 
     def wait(self) -> None:
         """Returns once every rank has come here."""
@@ -66,9 +88,10 @@ def shard(model: nn.Module, blocks: nn.ModuleList, mesh: Mesh) -> None:
     """Split every parameter over the ranks (FSDP2), block by block; gradients are averaged over ranks in backward."""
     if mesh.world == 1:
         return
+    ranks = init_device_mesh(mesh.device.type, (mesh.world,))
     for block in blocks:
-        fully_shard(block)
-    fully_shard(model)
+        fully_shard(block, mesh=ranks)
+    fully_shard(model, mesh=ranks)
     for method in FORWARD_METHODS:
         register_fsdp_forward_method(model, method)
 

@@ -22,7 +22,24 @@ def preflight(config: TrainingSettings) -> None:
     check_data(config.data)
     if config.evaluate.path is not None:
         check_data(config.data.model_copy(update={"path": config.evaluate.path, "format": "auto"}))
+    check_text(config.evaluate.general)
     check_trackers(config.save.trackers)
+
+
+def check_text(general: str | None) -> None:
+    """Raises ValueError when the general text of an evaluation is not there."""
+    if general not in (None, "embedded") and not Path(general).is_file():
+        raise ValueError(f"evaluate.general={general} is no file; write a text file, or `embedded`")
+
+
+def check_positions(base: Path, longest: int) -> None:
+    """Raises ValueError when a sequence is longer than what the model was made for."""
+    limit = read_config(base).max_positions
+    if longest > limit:
+        raise ValueError(
+            f"a row has {longest} tokens and the model in {base} is made for {limit}: write data.max_length={limit}; "
+            "data.too_long says what becomes of longer rows"
+        )
 
 
 def check_device(device: str) -> None:
@@ -63,7 +80,7 @@ def check_run_folder(folder: Path, config: TrainingSettings) -> None:
             f"run.folder={folder} already holds a run; continue it with save.resume=true, "
             "or write run.folder=DIR with a new path"
         )
-    before, now = yaml.safe_load(stored.read_text(encoding="utf-8")), yaml.safe_load(to_yaml(config))
+    before, now = yaml.safe_load(stored.read_text(encoding="utf-8")) or {}, yaml.safe_load(to_yaml(config))
     changed = sorted(set(_flat(before).items()) ^ set(_flat(now).items()))
     names = sorted({name for name, _ in changed if not name.startswith("save.")})
     if names:

@@ -1,10 +1,11 @@
 """A run: its folder, its metrics, its checkpoints, and how it stops and goes on."""
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -13,39 +14,39 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from burnish.config import SaveSettings
+from burnish.config import Stopped, TrainingSettings, to_yaml
 from burnish.engine import checkpoints
 from burnish.engine.environment import environment
 from burnish.engine.learner import Learner, NonFinite
 from burnish.engine.memory import Peak, in_use, measured_peak
-from burnish.engine.mesh import laid_like, whole
+from burnish.engine.mesh import laid_like
 from burnish.engine.trackers import Tracker, open_trackers
 from burnish.optim.adamw import optimizer_tensors, restore_optimizer
-
-
-class Stopped(Exception):
-    """The run was asked to stop and has saved itself; the message says how to go on."""
 
 
 class Run:
     """A run in progress. Use it as a context manager, walk `steps`, and `log` what each step gave.
 
     The folder holds config.yaml, environment.json, metrics.jsonl (a line a step), checkpoints/step-N/, what trackers
-    write, and in the end the result. A run continued from a checkpoint gives the weights, optimizer state, counters and
-    metrics that the uninterrupted one would have given, bit for bit on the same machine; only times differ.
+    write, and in the end the result. A run continued from a checkpoint, on the same machine with as many ranks, gives
+    the weights, optimizer state, counters and metrics that the uninterrupted one would have given, bit for bit; only
+    times differ. `data_fingerprint` names the data and its order: continuing with other data is refused.
     """
 
     def __init__(
-        self, folder: str, config_yaml: str, save: SaveSettings, learner: Learner, model: nn.Module, total_steps: int
+        self, config: TrainingSettings, learner: Learner, model: nn.Module, total_steps: int, data_fingerprint: str
     ) -> None:
-        self.folder, self.save, self.learner, self.total_steps = Path(folder), save, learner, total_steps
-        self.config_yaml, self.model, self.mesh = config_yaml, model, learner.mesh
+        self.folder, self.save, self.config_yaml = Path(config.run.folder), config.save, to_yaml(config)
+        self.learner, self.model, self.mesh, self.total_steps = learner, model, learner.mesh, total_steps
+        self.data_fingerprint = f"{data_fingerprint} over {self.mesh.world} ranks"
         self.step, self.num_tokens, self.seconds, self.peak_bytes = 0, 0.0, 0.0, 0
+        self.best_eval_loss: float | None = None
         self.eval_loss: float | None = None
         self.trackers: list[Tracker] = []
         self._signal: int | None = None
+        self._handlers: dict[int, Any] = {}
         self._saved_step: int | None = None
-        self._steps_here = 0
+        self._measured_step = min(2, total_steps)
         self._step_began = time.perf_counter()
         self._measuring = ExitStack()
 
@@ -53,56 +54,57 @@ class Run:
         if self.mesh.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / "config.yaml").write_text(self.config_yaml, encoding="utf-8")
             except OSError as error:
-                raise OSError(f"run.folder={self.folder} cannot be written: {error.strerror}") from None
-            place = json.dumps(environment(self.mesh.device, self.mesh.world), indent=2)
-            (self.folder / "environment.json").write_text(place + "\n", encoding="utf-8")
+                raise OSError(f"run.folder={self.folder} cannot be made: {error.strerror}") from None
+            self._write_text("config.yaml", self.config_yaml.replace("  resume: true\n", "  resume: false\n"))
+            self.write_json("environment.json", environment(self.mesh.device, self.mesh.world))
         if self.save.resume:
             self._restore()
         if self.mesh.is_main:
             self.metrics_file = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
             self.trackers = open_trackers(self.save.trackers, self.folder, self.config_yaml, self.step)
-        self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=not self.mesh.is_main)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._listen(False)
         self.bar.close()
-        for tracker in self.trackers:
-            tracker.close()
-        if self.mesh.is_main:
-            self.metrics_file.close()
+        with suppress(OSError) if error else nullcontext():  # a full disk, say, is what ended the run: told once
+            for tracker in self.trackers:
+                tracker.close()
+            if self.mesh.is_main:
+                self.metrics_file.close()
         if isinstance(error, NonFinite):
             raise ValueError(self._report_non_finite(error)) from None
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise MemoryError(self._report_out_of_memory()) from None
 
     def steps(self) -> Iterator[int]:
-        """The steps still to take, counted from 0; saves a checkpoint when one is due and when asked to stop.
+        """The steps still to take, counted from 0.
 
-        Raises Stopped after SIGTERM or Ctrl-C, once the step under way is done and saved.
+        Saves a checkpoint when one is due, when an evaluation is the best so far, and when asked to stop. Raises
+        Stopped after SIGTERM or Ctrl-C on any rank, once the step under way is done and saved.
         """
+        self._listen(True)
         while self.step < self.total_steps:
-            self._step_began = time.perf_counter()
+            self._step_began, self.eval_loss = time.perf_counter(), None
             peak = self._measuring.enter_context(self._measured())
             yield self.step
             self._measuring.close()
             self.peak_bytes = max(self.peak_bytes, peak.bytes)
             self.step += 1
             self.bar.update()
-            last = self.step == self.total_steps
-            if last or self._signal is not None or (self.save.every and self.step % self.save.every == 0):
+            last, stop = self.step == self.total_steps, self.mesh.any(self._signal is not None)
+            if last or stop or self._improved() or (self.save.every and self.step % self.save.every == 0):
                 self.checkpoint()
-            if self._signal is not None and not last:
+            if stop and not last:
                 raise Stopped(
-                    f"stopped by {signal.Signals(self._signal).name} and saved at step {self.step} of "
-                    f"{self.total_steps}; go on with the same command and save.resume=true"
+                    f"asked to stop, and saved at step {self.step} of {self.total_steps}; "
+                    f"go on with the same command and save.resume=true"
                 )
+        self._listen(False)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Record the metrics of the step under way, as the learner gave them; what follows is not part of the step."""
@@ -110,41 +112,56 @@ class Run:
         self._measuring.close()
         self.seconds += took
         self.num_tokens += metrics["tokens"]
-        if self.step % self.save.log_every == 0:
+        if (self.step + 1) % self.save.log_every == 0 or self.step in (0, self.total_steps - 1):
             rate, memory = metrics["tokens"] / took, in_use(self.mesh.device)
             self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {rate:,.0f} tok/s, {memory / 2**30:.2f} GiB")
             resources = {"tokens_per_second": rate, "memory_bytes": memory, "seconds": self.seconds}
             self._write({**metrics, "num_tokens": self.num_tokens, **resources})
 
     def log_evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Record what an evaluation after the step under way gave; `eval_loss` decides which checkpoint is the best."""
-        self.eval_loss = metrics.get("eval_loss", self.eval_loss)
+        """Record what an evaluation after the step under way gave; the lowest `eval_loss` makes the best checkpoint."""
+        self.eval_loss = metrics.get("eval_loss")
         self._write(metrics)
 
     def _write(self, metrics: Mapping[str, float]) -> None:
         if self.mesh.is_main:
-            self.metrics_file.write(json.dumps({"step": self.step + 1, **metrics}) + "\n")
-            self.metrics_file.flush()
+            try:
+                self.metrics_file.write(json.dumps({"step": self.step + 1, **metrics}) + "\n")
+                self.metrics_file.flush()
+            except OSError as error:
+                kept = checkpoints.newest_checkpoint(self._checkpoint_folder)
+                good = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
+                raise OSError(f"{self.metrics_file.name} could not be written ({error.strerror}); {good}") from None
         for tracker in self.trackers:
             tracker.log(self.step + 1, metrics)
+
+    def _improved(self) -> bool:
+        best = self.eval_loss is not None and (self.best_eval_loss is None or self.eval_loss < self.best_eval_loss)
+        if best:
+            self.best_eval_loss = self.eval_loss
+        return best
 
     def checkpoint(self) -> None:
         """Save everything that continuing needs. Every rank calls it; the main one writes."""
         if self._saved_step == self.step:
             return
-        weights = {name: whole(p.detach()) for name, p in self.learner.parameters.items()}
-        named = optimizer_tensors(self.learner.optimizer, self.learner.parameters)
-        optimizer = {name: whole(tensor) for name, tensor in named.items()}
+        weights = self.mesh.gather(self.learner.parameters)
+        optimizer = self.mesh.gather(optimizer_tensors(self.learner.optimizer, self.learner.parameters))
+        states = self.mesh.collect(checkpoints.random_state(self.mesh.device))
         if self.mesh.is_main:
-            tensors = {"weights": weights, "optimizer": optimizer, "random": checkpoints.random_state(self.mesh.device)}
+            random = {f"{name}.{rank}": state for rank, own in enumerate(states) for name, state in own.items()}
+            os.fsync(self.metrics_file.fileno())
             state = {
                 "step": self.step,
                 "num_tokens": self.num_tokens,
                 "seconds": self.seconds,
                 "peak_bytes": self.peak_bytes,
                 "eval_loss": self.eval_loss,
+                "best_eval_loss": self.best_eval_loss,
                 "metrics_bytes": self.metrics_file.tell(),
+                "data": self.data_fingerprint,
             }
+            tensors = {"weights": weights, "optimizer": optimizer, "random": random}
             checkpoints.save_checkpoint(self._checkpoint_folder / f"step-{self.step:08d}", tensors, state)
             checkpoints.prune(self._checkpoint_folder, self.save.keep)
         self._saved_step = self.step
@@ -153,28 +170,32 @@ class Run:
     def once(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `work` gives, kept in the folder as name.json, so that a continued run does not do it again."""
         path = self.folder / f"{name}.json"
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
+        if self.mesh.any(
+            self.mesh.is_main and path.exists()
+        ):  # the main rank decides: others may see the file too soon
+            return self.mesh.collect(json.loads(path.read_text(encoding="utf-8")) if self.mesh.is_main else None)[0]
         self.bar.set_description(f"measuring {name} training")
         value = work()
         self.bar.set_description("training")
         self.write_json(path.name, value)
-        self.mesh.wait()
         return value
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file into the folder, whole or not at all."""
         if self.mesh.is_main:
-            aside = self.folder / f".{name}"
-            aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            aside.replace(self.folder / name)
+            self._write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def _write_text(self, name: str, text: str) -> None:
+        aside = self.folder / f".{name}"
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(self.folder / name)
 
     @contextmanager
     def _measured(self) -> Generator[Peak]:
         """The peak memory of a step: each on CUDA; on the CPU, where counting is slow, this process's second."""
         device = self.mesh.device
-        self._steps_here += 1
-        if device.type == "cuda" or self._steps_here == min(2, self.total_steps):
+        self._measured_step -= 1
+        if device.type == "cuda" or self._measured_step == 0:
             states = optimizer_tensors(self.learner.optimizer, self.learner.parameters).values()
             held = [*self.model.parameters(), *self.model.buffers(), *states]
             with measured_peak(device, held) as peak:
@@ -189,9 +210,15 @@ class Run:
     def _restore(self) -> None:
         newest = checkpoints.newest_checkpoint(self._checkpoint_folder)
         if newest is None:  # stopped before its first checkpoint: it goes on from the beginning
-            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+            if self.mesh.is_main:
+                (self.folder / "metrics.jsonl").unlink(missing_ok=True)
             return
         tensors, state = checkpoints.load_checkpoint(newest)
+        if state["data"] != self.data_fingerprint:
+            raise ValueError(
+                f"run.folder={self.folder}: the data, its order or the number of ranks is not what it was at "
+                f"{newest.name}; resume with the same, or start anew with another run.folder"
+            )
         for name, parameter in self.learner.parameters.items():
             parameter.data.copy_(laid_like(tensors["weights"][name], parameter.data))
         optimizer = {
@@ -199,13 +226,25 @@ class Run:
             for name, tensor in tensors["optimizer"].items()
         }
         restore_optimizer(self.learner.optimizer, self.learner.parameters, optimizer)
-        checkpoints.restore_random_state(tensors["random"], self.mesh.device)
+        own = f".{self.mesh.rank}"
+        states = {name.removesuffix(own): state for name, state in tensors["random"].items() if name.endswith(own)}
+        checkpoints.restore_random_state(states, self.mesh.device)
         self.step = self.learner.steps_taken = self._saved_step = state["step"]
-        self.num_tokens = state["num_tokens"]
-        self.eval_loss, self.seconds, self.peak_bytes = state["eval_loss"], state["seconds"], state["peak_bytes"]
+        self.num_tokens, self.seconds, self.peak_bytes = state["num_tokens"], state["seconds"], state["peak_bytes"]
+        self.best_eval_loss = state["best_eval_loss"]
+        self._measured_step = min(2, self.total_steps - self.step)
         if self.mesh.is_main:  # lines of steps after the checkpoint are about to be written again
             with (self.folder / "metrics.jsonl").open("r+b") as file:
                 file.truncate(state["metrics_bytes"])
+
+    def _listen(self, on: bool) -> None:
+        """Take signals as a wish to stop after the step under way; outside the steps they do what they always do."""
+        if on:
+            self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        else:
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+            self._handlers = {}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None and number == signal.SIGINT:
@@ -214,9 +253,9 @@ class Run:
         self.bar.write(f"{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C: stop at once)")
 
     def _report_non_finite(self, error: NonFinite) -> str:
-        record = {"step": error.step + 1, "quantity": error.quantity, "rows": error.rows}
         path = self.folder / "non_finite.json"
-        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        rows = sorted({row for rank in self.mesh.collect(error.rows) for row in rank})
+        self.write_json(path.name, {"step": error.step + 1, "quantity": error.quantity, "rows": rows})
         return (
             f"the {error.quantity} of step {error.step + 1} is not finite; the data rows of that step are in {path}. "
             "Look at them with `burnish data preview`, or lower optim.lr. No weight was changed by that step"

@@ -40,19 +40,19 @@ def find_adapter(path: str) -> Path:
 
 def find_base(settings: TrainedModelSettings) -> Path:
     """The model folder that the settings name: its own path, a run's `model` folder, or the base of the adapter."""
-    path = settings.path
+    path, revision = settings.path, settings.revision
     if path is None and settings.adapter is None:
         raise ValueError("write model.path=DIR_OR_ID, or model.adapter=DIR to use an adapter's own base")
     if path is None and settings.adapter is not None:
         config = json.loads((find_adapter(settings.adapter) / "adapter_config.json").read_text(encoding="utf-8"))
-        path = config.get("base_model_name_or_path")
+        path, revision = config.get("base_model_name_or_path"), revision or config.get("revision")
         if not path:
             raise ValueError(
                 f"model.adapter={settings.adapter} does not say which base it is for; write model.path=DIR_OR_ID"
             )
     assert path is not None
     result = Path(path) / "model"
-    return result if (result / "config.json").exists() else find_model(path, None)
+    return result if (result / "config.json").exists() else find_model(path, revision)
 
 
 def check_trained(settings: TrainedModelSettings) -> None:
@@ -68,17 +68,25 @@ def open_trained(settings: TrainedModelSettings) -> Trained:
     import torch
 
     from burnish.engine.assemble import activation_dtype
-    from burnish.model.adapter_files import load_adapter
-    from burnish.model.checkpoint import load_model
+    from burnish.model.adapter_files import load_adapter, read_about
+    from burnish.model.checkpoint import base_fingerprint, load_model
 
     check_trained(settings)
     base = find_base(settings)
+    folder = find_adapter(settings.adapter) if settings.adapter is not None else None
+    about = read_about(folder) if folder else {}
+    if about and about["base_fingerprint"] != base_fingerprint(base):
+        raise ValueError(
+            f"model.adapter={settings.adapter} was trained on another base than the one in {base}; "
+            "write model.path=DIR_OR_ID of the base it was trained on"
+        )
+    storage = about.get("storage", "bf16") if settings.storage == "auto" else settings.storage
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if settings.device == "auto" else settings.device)
-    decoder = load_model(base, settings.storage, device, activation_dtype(settings.dtype, device)).eval()
+    dtype, double_quant = activation_dtype(settings.dtype, device), about.get("double_quant", True)
+    decoder = load_model(base, storage, device, dtype, double_quant).eval()
     adapter, words = None, base
-    if settings.adapter is not None:
-        folder = find_adapter(settings.adapter)
+    if folder:
         load_adapter(decoder, folder, adapter := ADAPTER)
         words = folder if (folder / "tokenizer.json").exists() else base  # it may have been trained on another template
     tokenizer = Tokenizer.load(words)

@@ -20,7 +20,10 @@ NUM_SAMPLES = 24
 
 
 class Judge:
-    """Gives a verdict on a model as it stands; the same questions each time it is asked."""
+    """Gives a verdict on a model as it stands; the same questions each time it is asked.
+
+    `budget` is the longest sequence, and the tokens of a forward pass: on the second, no result depends.
+    """
 
     def __init__(
         self,
@@ -31,13 +34,13 @@ class Judge:
         held_out: Sequence[TokenSequence],
         prompts: Sequence[Prompt],
         settings: EvaluateSettings,
-        microbatch_tokens: int,
+        budget: tuple[int, int],
     ) -> None:
         self.model, self.adapter, self.tokenizer, self.template = model, adapter, tokenizer, template
-        self.held_out, self.prompts, self.microbatch_tokens = held_out, prompts, microbatch_tokens
+        self.held_out, self.prompts, self.longest, self.microbatch_tokens = held_out, prompts, *budget
         self.max_tokens = settings.max_tokens
         general = settings.general
-        self.general = general_sequences(general, tokenizer, template, microbatch_tokens) if general else []
+        self.general = general_sequences(general, tokenizer, template, self.longest) if general else []
 
     def losses(self) -> dict[str, float]:
         """Loss, perplexity and accuracy on the held-out rows, and the loss on general text, named for metrics.jsonl."""
@@ -75,14 +78,15 @@ def grade(prompt: Prompt, answer: str) -> bool:
 
 
 def general_sequences(source: str, tokenizer: Tokenizer, template: ChatTemplate, longest: int) -> list[TokenSequence]:
-    """General text as sequences of at most `longest` tokens, every token scored.
+    """General text as sequences of at most `longest` tokens, every token after a document's first scored once.
 
-    `source` is `embedded`, or a text file, of which every paragraph between blank lines is a document of its own.
+    `source` is `embedded`, or a text file, of which every paragraph between blank lines is a document of its own. What
+    is longer goes on in a sequence that begins with the last token of the one before it.
     """
     documents = world.general_documents() if source == "embedded" else Path(source).read_text("utf-8").split("\n\n")
     found = [encode(Text(((text, True),)), tokenizer, template) for text in documents if text.strip()]
     return [
         TokenSequence(whole.ids[i : i + longest], whole.weights[i : i + longest], number)
         for number, whole in enumerate(found)
-        for i in range(0, len(whole.ids), longest)
+        for i in range(0, max(1, len(whole.ids) - 1), longest - 1)
     ]

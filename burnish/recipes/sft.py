@@ -4,12 +4,13 @@ with full weights, or with an adapter on a frozen base: LoRA, and with model.sto
 import math
 from typing import Any
 
-from burnish.config import TrainingSettings, to_yaml
+from burnish.config import TrainingSettings
 from burnish.data.prepare import prepare
 from burnish.data.stream import Stream
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
-from burnish.engine.preflight import preflight
+from burnish.engine.preflight import check_positions, preflight
+from burnish.engine.progress import progress_bar
 from burnish.model.families import find_model
 from burnish.types import Batch
 
@@ -26,7 +27,11 @@ def main(config: Config) -> dict[str, Any]:
     base, budget = find_model(config.model.path, config.model.revision), config.run.microbatch_tokens
     tokenizer = Tokenizer.load(base)
     template = ChatTemplate.open(config.model.template, tokenizer)
-    data = prepare(config.data, config.evaluate, tokenizer, template, config.run.seed, budget=budget)
+    with progress_bar("tokenising") as progress:
+        data = prepare(
+            config.data, config.evaluate, tokenizer, template, config.run.seed, budget=budget, progress=progress
+        )
+    check_positions(base, int(data.train.lengths.max()))
 
     from burnish.engine.assemble import open_learner, open_model, save_trained
     from burnish.engine.mesh import open_mesh
@@ -42,21 +47,20 @@ def main(config: Config) -> dict[str, Any]:
         # 2. Micro-batches: packs of whole sequences, as many a step as run.step_tokens asks for.
         microbatches = math.ceil(config.run.step_tokens / (budget * mesh.world))
         stream = Stream(data.train, budget, microbatches, config.run.seed, mesh.rank, mesh.world)
-        steps = (
-            config.run.steps if config.run.steps is not None else math.ceil(config.run.epochs * stream.steps_per_epoch)
-        )
+        steps = config.run.steps if config.run.steps is not None else stream.steps_in(config.run.epochs)
 
         # 3. The model: one stored weight per layer, and beside it the adapter, if any; only one of the two trains.
         model, adapter = open_model(base, config.model, config.adapter, config.run, mesh)
         learner = open_learner(model, adapter, config.optim, steps, mesh)
-        judge = Judge(model, adapter, tokenizer, template, data.held_out, data.prompts, config.evaluate, budget)
+        lengths = (config.data.max_length, budget)
+        judge = Judge(model, adapter, tokenizer, template, data.held_out, data.prompts, config.evaluate, lengths)
 
         # 4. The method.
         def objective(batch: Batch):
             scores = model.score(batch, adapter)
             return cross_entropy(scores.log_probs, batch.weights, scores.correct)
 
-        with Run(config.run.folder, to_yaml(config), config.save, learner, model, steps) as run:
+        with Run(config, learner, model, steps, stream.fingerprint) as run:
             run.write_json("audit.json", data.audit.as_dict())
             before = run.once("before", judge.verdict)
             for step in run.steps():

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from burnish.config import Settings, build
+from burnish.config import Settings, Stopped, build
 from burnish.recipes import sft
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -50,13 +50,16 @@ def main(config: Config, as_json: bool) -> None:
     for number, (name, own) in enumerate(METHODS.items(), start=1):
         print(f"[{number}/{len(METHODS)}] {name}: a run in {out / name}", file=sys.stderr)
         with contextlib.redirect_stdout(io.StringIO()):  # its audit and table are in its folder; the comparison is ours
-            sft.main(build(sft.Config, _settings(own, out / name, config.quick)))
+            try:
+                sft.main(build(sft.Config, _settings(own, out / name, config.quick)))
+            except Stopped:
+                raise Stopped("stopped; the same command runs the demo anew") from None
 
     from burnish.report.results import compare, show
 
     rows = compare([out / name for name in METHODS], out, "Full, LoRA and QLoRA on the embedded base")
     if as_json:
-        print(json.dumps(rows))
+        print(json.dumps({"runs": rows, "report": str(out / "report.html")}))
     else:
         show(rows, out)
 

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from burnish.config import DataSettings, EvaluateSettings, Settings, TrainedModelSettings
 from burnish.data.prepare import check_data
+from burnish.engine.preflight import check_text
 from burnish.engine.trained import check_trained
 
 
@@ -26,6 +27,7 @@ def main(config: Config, as_json: bool) -> None:
     """Prints the metrics, one a line."""
     check_trained(config.model)
     check_data(config.data)
+    check_text(config.general)
 
     from burnish.data.prepare import prepare_evaluation
     from burnish.engine.trained import open_trained
@@ -42,7 +44,7 @@ def main(config: Config, as_json: bool) -> None:
         held_out,
         prompts,
         asked,
-        config.microbatch_tokens,
+        (config.data.max_length, max(config.microbatch_tokens, config.data.max_length)),
     )
     verdict = judge.verdict()
     if as_json:

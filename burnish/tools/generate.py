@@ -38,6 +38,8 @@ def main(config: Config, as_json: bool) -> None:
     before = [Message("system", config.system)] if config.system else []
     if not config.chat:
         ids = [trained.tokenizer.encode(prompt, add_bos=True) for prompt in prompts]
+        if not all(ids):
+            raise ValueError("prompt: there is nothing to continue; write prompt=TEXT")
     else:
         chats = [(*before, Message("user", prompt)) for prompt in prompts]
         ids = [prompt_ids(messages, trained.tokenizer, trained.template) for messages in chats]

@@ -59,7 +59,7 @@ def test_wrong_type_says_what_is_expected():
 def test_contradictions_say_how_to_resolve_them():
     assert "model.storage=full adapter.kind=none" in message("model.storage=nf4", "adapter.kind=none")
     assert "leave two things to train" in message("model.storage=full", "adapter.kind=lora")
-    assert "run.microbatch_tokens=9000" in message("data.max_length=9000")
+    assert "run.microbatch_tokens=9000" in message("data.max_length=9000", "run.microbatch_tokens=10")
 
 
 def test_words_and_files_that_are_neither(tmp_path):
@@ -95,3 +95,24 @@ def test_files_come_first_wherever_they_stand(tmp_path):
 def test_a_list_that_yaml_cannot_read_is_not_taken_for_text():
     assert "put its items in quotes" in message("adapter.targets=[q_proj, what is 3 plus 4?]")
     assert parse(TrainingSettings, ["adapter.targets=.*[qv]_proj"]).adapter.targets == ".*[qv]_proj"
+
+
+@pytest.mark.parametrize(
+    "text", ["What is 3? # not a comment", "yes", "3:30", "Question: what?", "{a: 1}", "- x", "'quoted'"]
+)
+def test_text_stays_as_it_was_typed(text):
+    from burnish.tools.generate import Config
+
+    assert parse(Config, [f"prompt={text}"]).prompt == text.strip("'")
+    assert parse(TrainingSettings, [f"run.folder={text}"]).run.folder == text.strip("'")
+
+
+def test_lengths_that_are_not_given_follow_those_that_are():
+    def lengths(*words):
+        config = parse(TrainingSettings, words)
+        return config.run.step_tokens, config.run.microbatch_tokens, config.data.max_length
+
+    assert lengths() == (16384, 4096, 2048)
+    assert lengths("run.step_tokens=1024") == (1024, 1024, 1024)
+    assert lengths("data.max_length=8192") == (16384, 8192, 8192)
+    assert "run.microbatch_tokens=128" in message("run.step_tokens=128", "run.microbatch_tokens=4096")

@@ -85,7 +85,7 @@ def test_data_audit(capsys):
 
 def test_the_quick_demo_compares_three_methods_and_can_be_repeated(capsys, tmp_path, monkeypatch):
     words = ["demo", f"out={tmp_path / 'demo'}", "quick=true"]
-    found = as_json(capsys, *words)
+    found = as_json(capsys, *words)["runs"]
     assert [row["method"] for row in found] == ["Full fine-tuning", "LoRA", "QLoRA"]
     full, lora, qlora = found
     assert full["trainable_parameters"] == full["total_parameters"] > 10 * lora["trainable_parameters"]
@@ -94,7 +94,7 @@ def test_the_quick_demo_compares_three_methods_and_can_be_repeated(capsys, tmp_p
     assert "<svg" in (tmp_path / "demo" / "report.html").read_text()
     with monkeypatch.context() as patch:
         patch.setattr("burnish.tools.demo.METHODS", {"qlora": {"model": {"storage": "nf4"}}})
-        assert len(as_json(capsys, *words)) == 1
+        assert len(as_json(capsys, *words)["runs"]) == 1
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
     assert main(["demo", f"out={tmp_path / 'mine'}", "quick=true"]) == 1

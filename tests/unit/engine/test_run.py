@@ -9,7 +9,15 @@ import torch
 from safetensors.torch import load_file
 
 from burnish.cli import main
+from burnish.config import DataSettings, EvaluateSettings, build
+from burnish.data.prepare import prepare
+from burnish.data.stream import Stream
+from burnish.data.templates import ChatTemplate
+from burnish.data.tokenizer import Tokenizer
 from burnish.engine.learner import Learner
+from burnish.evaluate.likelihood import held_out_loss
+from burnish.model.checkpoint import load_model
+from burnish.types import Sequence
 from tests.tiny import tiny_folder
 
 TIMES = ("seconds", "tokens_per_second", "memory_bytes")
@@ -91,15 +99,27 @@ def test_out_of_memory_says_what_was_in_use_and_what_to_change(words, tmp_path, 
     assert (tmp_path / "run" / "checkpoints" / "step-00000002").is_dir()
 
 
+def rows_of_the_first_step(place: Path) -> list[int]:
+    tokenizer = Tokenizer.load(place / "model")
+    settings = build(DataSettings, {"path": str(place / "data.jsonl"), "max_length": 128})
+    nothing_held_out = build(EvaluateSettings, {"fraction": 0})
+    data = prepare(settings, nothing_held_out, tokenizer, ChatTemplate.open("auto", tokenizer), seed=0)
+    (batch,) = Stream(data.train, 128, 1, seed=0).step(0)
+    return sorted(batch.rows)
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_rows_of_the_step(words, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        "burnish.losses.likelihood.cross_entropy", lambda log_probs, *_: (log_probs.sum() * float("nan"), {})
-    )
+    step = Learner.step
+
+    def poisoned(self, microbatches, objective, count):
+        return step(self, microbatches, lambda batch: (objective(batch)[0] * float("nan"), {}), count)
+
+    monkeypatch.setattr(Learner, "step", poisoned)
     assert main([*words, "evaluate.fraction=0"]) == 1
     assert "the loss of step 1 is not finite" in capsys.readouterr().err
     record = json.loads((tmp_path / "run" / "non_finite.json").read_text())
     assert record["step"] == 1
-    assert 0 < len(record["rows"]) <= 60
+    assert record["rows"] == rows_of_the_first_step(tmp_path)
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint_and_says_so(words, tmp_path, monkeypatch, capsys):
@@ -137,3 +157,71 @@ def test_a_signal_lets_the_step_finish_and_saves_it(words, tmp_path, monkeypatch
     assert "save.resume=true" in capsys.readouterr().err.splitlines()[-1]
     assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
     assert len(lines(tmp_path / "run")) == 3
+
+
+def test_what_is_saved_is_what_was_measured(words, tmp_path, capsys):
+    """A full model's files hold the weights that the last verdict was about, to the last bit."""
+    data = ["evaluate.fraction=0.3", "model.storage=full", "optim.lr=0.0001"]
+    assert main([*words, *data]) == 0
+    after = json.loads((tmp_path / "run" / "after.json").read_text())["metrics"]
+    state = load_file(tmp_path / "run" / "checkpoints" / "step-00000006" / "weights.safetensors")
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    stored = {name.replace(".stored.", "."): tensor for name, tensor in state.items()}
+    assert all(torch.equal(saved[name], stored[name]) for name in saved)
+    model = load_model(tmp_path / "run" / "model", "fp32", torch.device("cpu"), torch.float32)
+    tokenizer = Tokenizer.load(tmp_path / "model")
+    settings = build(DataSettings, {"path": str(tmp_path / "data.jsonl"), "max_length": 128})
+    held_out = prepare(
+        settings, build(EvaluateSettings, {"fraction": 0.3}), tokenizer, ChatTemplate.open("auto", tokenizer), seed=0
+    ).held_out
+    assert held_out_loss(model, held_out, None, 4096)["loss"] == pytest.approx(after["eval_loss"], rel=1e-6)
+
+
+def test_general_text_is_measured_the_same_whatever_the_micro_batch(words, tmp_path):
+    (tmp_path / "general.txt").write_text("The cat sat on the mat and looked. " * 40 + "\n\nWhat is 3 plus 4?\n")
+    losses = []
+    for budget in (128, 1024):
+        run = f"run.folder={tmp_path / str(budget)}"
+        more = [
+            run,
+            f"run.microbatch_tokens={budget}",
+            "run.step_tokens=1024",
+            f"evaluate.general={tmp_path}/general.txt",
+        ]
+        assert main([*words, *more, "run.steps=0"]) == 0
+        losses.append(json.loads((tmp_path / str(budget) / "before.json").read_text())["metrics"]["eval_general_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_epochs_are_passes_over_the_data():
+    sequences = [Sequence((1, 2, 3, 4), (1.0,) * 4, row) for row in range(10)]
+    stream = Stream(sequences, 4, 8, seed=0)
+    assert stream.num_packs == 10
+    assert (stream.steps_in(1), stream.steps_in(4), stream.steps_in(0.5)) == (2, 5, 1)
+
+
+def test_other_data_under_the_same_name_is_not_continued(words, tmp_path, capsys):
+    assert main([*words, "run.steps=2"]) == 0
+    text = (tmp_path / "data.jsonl").read_text()
+    (tmp_path / "data.jsonl").write_text(text.replace("say 3 ", "tell 3 "))
+    assert main([*words, "run.steps=2", "save.resume=true"]) == 1
+    assert "the data, its order or the number of ranks" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_checkpoint_half_deleted_is_no_obstacle(words, tmp_path, monkeypatch):
+    import shutil
+
+    real, calls = shutil.rmtree, [0]
+
+    def cut_short(path, *args, **kwargs):
+        if ".old-step" in str(path) and path.exists():
+            calls[0] += 1
+            if calls[0] == 1:
+                next(path.iterdir()).unlink()
+                raise KeyboardInterrupt
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr("burnish.engine.checkpoints.shutil.rmtree", cut_short)
+    assert main([*words, "save.keep=1"]) == 130
+    assert main([*words, "save.keep=1", "save.resume=true"]) == 0
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000006"]
