@@ -3,7 +3,9 @@
 import json
 import multiprocessing
 import os
+import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,7 @@ def train(words: list[str], rank: int, world: int, port: int) -> None:
     raise SystemExit(main(["sft", *words]))
 
 
-def run(words: list[str], world: int) -> None:
+def start(words: list[str], world: int) -> list[multiprocessing.Process]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["burnish.recipes.sft", "burnish.engine.run", "burnish.evaluate.judge"])
     with socket.socket() as listener:
@@ -37,9 +39,17 @@ def run(words: list[str], world: int) -> None:
     processes = [context.Process(target=train, args=(words, rank, world, port)) for rank in range(world)]
     for process in processes:
         process.start()
+    return processes
+
+
+def finish(processes: list[multiprocessing.Process]) -> list[int | None]:
     for process in processes:
         process.join(120)
-    assert [process.exitcode for process in processes] == [0] * world
+    return [process.exitcode for process in processes]
+
+
+def run(words: list[str], world: int) -> None:
+    assert finish(start(words, world)) == [0] * world
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +67,11 @@ def words(base: Path, folder: Path, *more: str) -> list[str]:
     return [*shared, "optim.lr=0.001", "save.every=2", "evaluate.every=2", "save.trackers=[]", *more]
 
 
-def curve(folder: Path) -> list[tuple[float, ...]]:
+def curve(folder: Path) -> list[list[float]]:
+    """Every metric that training and evaluation gave, step by step, without times and sizes."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    names = ("loss", "grad_norm", "tokens", "mean_token_accuracy")
-    return [tuple(line[name] for name in names) for line in lines if "loss" in line]
+    spent = ("seconds", "tokens_per_second", "memory_bytes")
+    return [[value for name, value in sorted(line.items()) if name not in spent] for line in lines]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -68,8 +79,9 @@ def test_two_ranks_equal_one(base, tmp_path, method):
     for world in (1, 2):
         run(words(base, tmp_path / str(world), "run.steps=4", *METHODS[method]), world)
     one, two = curve(tmp_path / "1"), curve(tmp_path / "2")
-    assert len(one) == 4
-    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=2e-5, atol=1e-6)
+    assert len(one) == 6  # four steps, two evaluations
+    for ours, expected in zip(two, one, strict=True):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(expected), rtol=2e-5, atol=1e-6)
     kind = "model/model.safetensors" if method.startswith("full") else "adapter/adapter_model.safetensors"
     ours, expected = load_file(tmp_path / "2" / kind), load_file(tmp_path / "1" / kind)
     assert ours.keys() == expected.keys()
@@ -78,7 +90,8 @@ def test_two_ranks_equal_one(base, tmp_path, method):
 
 
 def test_two_ranks_resume_where_they_stopped(base, tmp_path):
-    whole, parted = words(base, tmp_path / "whole", "run.steps=4"), words(base, tmp_path / "parted", "run.steps=4")
+    more = ("run.steps=4", "adapter.dropout=0.3", "adapter.rank=4", "evaluate.prompts=2", "evaluate.max_tokens=3")
+    whole, parted = words(base, tmp_path / "whole", *more), words(base, tmp_path / "parted", *more)
     run(whole, 2)
     run(parted, 2)
     for name in ("step-00000004", "metrics.jsonl", "after.json"):  # back to the checkpoint of step 2
@@ -91,3 +104,15 @@ def test_two_ranks_resume_where_they_stopped(base, tmp_path):
             path.unlink()
     run([*parted, "save.resume=true"], 2)
     assert curve(tmp_path / "parted") == curve(tmp_path / "whole")
+
+
+def test_a_signal_to_one_rank_stops_both_and_saves(base, tmp_path):
+    folder = tmp_path / "run"
+    processes = start(
+        words(base, folder, "run.steps=100000", "save.every=0", "evaluate.every=0", "evaluate.fraction=0"), 2
+    )
+    while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
+        time.sleep(0.05)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert finish(processes) == [130, 130]
+    assert len(list((folder / "checkpoints").iterdir())) == 1

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from burnish.model import checkpoint
 from burnish.model.adapters import ADAPTERS, AdapterSpec, adapter_parameters, add_adapter
 from burnish.model.checkpoint import base_fingerprint, load_model, save_model
 from burnish.model.decoder import Decoder
+from burnish.model.weight_files import WeightFiles
 from tests.tiny import tiny_batch, tiny_folder
 
 BATCH = tiny_batch((9, 4))
@@ -183,7 +183,7 @@ def test_a_save_that_fails_leaves_what_was_there(
     def fail(*_: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("burnish.model.checkpoint._write_file", fail)
+    monkeypatch.setattr("burnish.model.weight_files._write_file", fail)
     with pytest.raises(OSError, match="No space left"):
         save_model(model, target, original, dtype=torch.float32)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
@@ -259,13 +259,13 @@ def test_loading_holds_one_full_precision_tensor_at_a_time(
 ) -> None:
     folder = tiny_folder(tmp_path, hidden_size=128, intermediate_size=512)
     largest = max(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
-    view_of_file = checkpoint._Checkpoint._get
+    view_of_file = WeightFiles.tensor
 
     def uncounted(self: Any, name: str) -> torch.Tensor:
         with _disable_current_modes():
             return view_of_file(self, name)
 
-    monkeypatch.setattr(checkpoint._Checkpoint, "_get", uncounted)
+    monkeypatch.setattr(WeightFiles, "tensor", uncounted)
     monkeypatch.setattr("burnish.ops.nf4._SLICE", 32)  # quantisation works slice by slice, here of 8 KiB
     with LiveBytes() as live:
         model = load_model(folder, storage)
