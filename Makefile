@@ -34,11 +34,11 @@ check: $(VENV)/dev ## format, lint, types, layers, size budget, structure
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/structure.py
 
-gpu: ## run the tests that need a CUDA device, with the python on the path
-	$(PYTHON) -m pytest tests/gpu
+gpu: $(VENV)/dev ## run the tests that need a CUDA device
+	$(BIN)/pytest tests/gpu
 
-bench: ## measure QLoRA on the Llama-2-7B shape on a CUDA device; adds a row to benchmarks/results.csv
-	$(PYTHON) benchmarks/sft.py
+bench: $(VENV)/dev ## measure QLoRA on the Llama-2-7B shape on a CUDA device; adds a row to benchmarks/results.csv
+	$(BIN)/python benchmarks/sft.py
 
 clean: ## delete .venv and caches, never runs/
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

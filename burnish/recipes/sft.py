@@ -43,6 +43,7 @@ def main(config: Config) -> dict[str, Any]:
     with open_mesh(config.run.device) as mesh:
         if mesh.is_main:
             print("\n".join(data.audit.lines()))
+            print("(tokenised before: found in the cache)" if data.cached else "")
 
         # 2. Micro-batches: packs of whole sequences, as many a step as run.step_tokens asks for.
         microbatches = math.ceil(config.run.step_tokens / (budget * mesh.world))

@@ -23,7 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
 SHARED: dict[str, Any] = {
     "model": {"path": "embedded"},
     "data": {"path": "embedded", "max_length": 512},
-    "evaluate": {"path": "embedded", "general": "embedded", "prompts": 442, "max_tokens": 24},
+    "evaluate": {"path": "embedded", "general": "embedded", "prompts": 442, "max_tokens": 24, "every": 17},
     "optim": {"lr": 1e-3, "schedule": "linear", "warmup": 0.1},
     "run": {"step_tokens": 1024, "microbatch_tokens": 1024, "epochs": 1},
     "save": {"every": 0},
