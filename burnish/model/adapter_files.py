@@ -7,7 +7,6 @@ The layout is PEFT's: `adapter_model.safetensors` with `base_model.model.<layer>
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from burnish.model.adapters import (
     add_adapter,
     linear_layers,
 )
+from burnish.model.checkpoint import copy_tokenizer
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -60,9 +60,8 @@ def save_adapter(
         save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
         for file, document in documents.items():
             (aside / file).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for file in TOKENIZER_FILES:
-            if tokenizer_folder is not None and (tokenizer_folder / file).is_file():
-                shutil.copyfile(tokenizer_folder / file, aside / file)
+        if tokenizer_folder is not None:
+            copy_tokenizer(tokenizer_folder, aside)
 
 
 def load_adapter(
@@ -332,8 +331,3 @@ _NEUTRAL: tuple[Any, ...] = (None, False, "none", {}, [])
 """Values by which an option that is not supported says that it is off."""
 
 _INITS_THAT_LEAVE_THE_BASE_ALONE: tuple[Any, ...] = (True, False, None, "gaussian", "eva", "orthogonal")
-
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.json", "merges.txt", "tokenizer.model"),
-)

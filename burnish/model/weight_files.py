@@ -16,7 +16,6 @@ from burnish.model.storage import NF4
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-HEAD = "lm_head.weight"
 
 Shape = tuple[int, ...]
 
@@ -63,28 +62,72 @@ class WeightFiles:
         self._handles = {name: files[file] for name, file in self.where.items()}
         embedding = next((name for name in self.where if name.endswith(_EMBEDDING)), f"model.{_EMBEDDING}")
         self._prefix = embedding.removesuffix(_EMBEDDING)
-        self._head = next((name for name in self.where if name.endswith(HEAD)), HEAD)
+        self._head = next((name for name in self.where if name.endswith(_HEAD)), _HEAD)
 
     def name_of(self, path: str) -> str:
         """What the files call what the decoder calls `path`."""
-        return self._head if path == HEAD else self._prefix + path.removeprefix("model.")
+        return self._head if path == _HEAD else self._prefix + path.removeprefix("model.")
 
     def path_of(self, name: str) -> str | None:
         """What the decoder calls what the files call `name`; None for a tensor outside the decoder."""
         if name == self._head:
-            return HEAD
+            return _HEAD
         return f"model.{name.removeprefix(self._prefix)}" if name.startswith(self._prefix) else None
+
+    def header(self, name: str) -> tuple[Shape, torch.dtype]:
+        """Shape and dtype of a tensor, which is not read."""
+        stored = self._handles[name].get_slice(name)
+        if stored.get_dtype() not in _DTYPES:
+            raise ValueError(f"{self.where[name]}: {name} is {stored.get_dtype()}, which cannot be read")
+        return tuple(stored.get_shape()), _DTYPES[stored.get_dtype()]
+
+    def is_nf4(self, name: str) -> bool:
+        """Whether the tensor is a matrix that bitsandbytes has quantised."""
+        return f"{name}.quant_state.bitsandbytes__nf4" in self.where
+
+    def tensor(self, name: str, first: int | None = None) -> Tensor:
+        """The tensor as it is stored, a view of the file; with `first` only so many of its rows."""
+        handle = self._handles[name]
+        try:
+            return handle.get_tensor(name) if first is None else handle.get_slice(name)[:first]
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{self.where[name]}: {name} cannot be read ({error}); copy the file again") from None
+
+    def weight(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """The tensor on the device, in memory of its own, known to be finite."""
+        # What safetensors gives is a view of the file, which must not change when the file does.
+        weight = self.tensor(name).to(device, copy=True)
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"{self.where[name]}: {name} is {weight.dtype}; give 16-bit, 32-bit or bitsandbytes NF4 weights"
+            )
+        # The extremes tell without a temporary as large as the weight; NaN is passed on by both.
+        if not all(math.isfinite(float(extreme)) for extreme in torch.aminmax(weight)):
+            raise ValueError(f"{self.where[name]}: {name} holds NaN or infinite weights; the checkpoint is damaged")
+        return weight
+
+    def nf4(self, name: str, shape: Shape) -> NF4:
+        """The quantised matrix of this name, in memory of its own, known to have the shape."""
+        tensors = {key: self.tensor(key).clone() for key in self.where if key == name or key.startswith(f"{name}.")}
+        try:
+            stored = NF4.from_bitsandbytes(name.removesuffix(".weight"), tensors)
+        except ValueError as error:
+            raise ValueError(f"{self.where[name]}: {error}") from None
+        if stored.shape != shape:
+            raise ValueError(f"{self.where[name]}: {name} has shape {stored.shape} where config.json asks for {shape}")
+        return stored
 
     def check(self, shapes: Mapping[str, Shape], config: DecoderConfig) -> None:
         """Raises ValueError unless the files hold just the tensors of these names and shapes."""
         wanted = {self.name_of(path): shape for path, shape in shapes.items()}
+        whole = config.architecture
         if missing := [name for name in wanted if name not in self.where]:
             raise ValueError(
-                f"{self.folder}: {_listed(missing)} missing from the checkpoint; it is not a whole {config.architecture}"
+                f"{self.folder}: {_listed(missing)} missing from the checkpoint; it is not a whole {whole}"
             )
         for name, shape in wanted.items():
-            found = self.nf4_shape(name) if self.is_nf4(name) else self.stored(name).shape
-            if found != shape:
+            found = self.header(name)[0]
+            if found != shape and not self.is_nf4(name):
                 raise ValueError(f"{self.where[name]}: {name} has shape {found} where config.json asks for {shape}")
         known = (*(f"{name}." for name in wanted if self.is_nf4(name)), *_IGNORED)
         spare = {name for name in self.where if name not in wanted and not name.startswith(known)}
@@ -93,6 +136,109 @@ class WeightFiles:
             spare.remove(self._head)
             self._check_tie()
         if spare:
+            raise ValueError(f"{self.folder}: {_listed(sorted(spare))} not part of a {whole} as config.json has it")
+
+    def _check_tie(self) -> None:
+        embedding = self._prefix + _EMBEDDING
+        if not torch.equal(self.tensor(self._head), self.tensor(embedding)):
             raise ValueError(
-                f"{self.folder}: {_listed(sorted(spare))} not part of a {config.architecture} as config.json describes it"
+                f"{self.where[self._head]}: {self._head} differs from {embedding}, but config.json ties them; "
+                "write tie_word_embeddings: false there"
             )
+
+
+class Entry(NamedTuple):
+    """A tensor to be written."""
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+    """Gives the tensor when its turn comes, on any device and in any dtype."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def in_shards(entries: Iterable[Entry], max_bytes: int) -> dict[str, list[Entry]]:
+    """The entries by the files they go to, each of at most so many bytes where no single entry has more."""
+    shards: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        if shards[-1] and filled + entry.size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += entry.size
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, start=1)}
+
+
+def write_weights(folder: Path, files: Mapping[str, list[Entry]]) -> None:
+    """Writes the files, one tensor at a time, and their index unless one file holds everything."""
+    for name, entries in files.items():
+        _write_file(folder / name, entries)
+    if list(files) != [SINGLE]:
+        weight_map = {entry.name: name for name, entries in files.items() for entry in entries}
+        total = sum(entry.size for entries in files.values() for entry in entries)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, entries: list[Entry]) -> None:
+    """One safetensors file, written tensor by tensor: eight bytes of header length, the header as JSON, then the data.
+
+    `safetensors.torch.save_file` would want all tensors in memory at once.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    # Wide numbers first: then every tensor starts at a multiple of its numbers' size.
+    entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
+    for entry in entries:
+        start, end = end, end + entry.size
+        header[entry.name] = {
+            "dtype": _DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries:
+            tensor = entry.make().to("cpu", entry.dtype).contiguous()
+            assert tuple(tensor.shape) == entry.shape
+            file.write(tensor.flatten().view(torch.uint8).numpy().data)
+
+
+def _listed(names: list[str]) -> str:
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{rest} {'is' if len(names) == 1 else 'are'}"
+
+
+_EMBEDDING = "embed_tokens.weight"
+_HEAD = "lm_head.weight"
+
+_IGNORED = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+"""Parts of models that also see, which the decoder does without."""
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""What safetensors calls PyTorch's dtypes."""
+
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}

@@ -1,28 +1,24 @@
 """An adapter merged into its base: one model without adapters, and how far its logits are from those of the two."""
 
 import json
-import shutil
 from collections.abc import Mapping
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from burnish.data.packing import collate
 from burnish.files import written_aside
-from burnish.model.adapter_files import TOKENIZER_FILES, fill_adapter, load_adapter, read_adapter
+from burnish.model.adapter_files import fill_adapter, load_adapter, read_adapter
 from burnish.model.adapters import ADAPTERS, HEAD, Adapter
-from burnish.model.checkpoint import load_model, weight_shapes
+from burnish.model.checkpoint import copy_tokenizer, load_model, weight_shapes
 from burnish.model.families import read_config, read_json
 from burnish.model.storage import NF4, Dense
+from burnish.model.weight_files import Entry, WeightFiles, open_weights, write_weights
 from burnish.types import Batch, Sequence
-
-INDEX = "model.safetensors.index.json"
 
 
 def merge(
@@ -48,10 +44,12 @@ def merge(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty: choose a new folder")
     config = read_config(base)
-    with ExitStack() as stack:
-        merger = _Merger(_open(base, stack), weight_shapes(config), adapter, onto == "nf4", double_quant)
+    shapes = weight_shapes(config)
+    with open_weights(base) as files:
+        files.check(shapes, config)
+        merger = _Merger(files, shapes, adapter, onto == "nf4", double_quant)
         with written_aside(out) as aside:
-            _write_shards(merger, aside)
+            write_weights(aside, merger.entries())
             _write_rest(base, adapter, aside)
     report: dict[str, Any] = {"out": str(out), "onto": onto, "layers": len(merger.parts)}
     if not check:
@@ -83,53 +81,52 @@ class _Merger:
     """The tensors of a base with an adapter's change in them, made when asked for."""
 
     def __init__(
-        self, files: dict[Path, Any], shapes: Mapping[str, tuple[int, ...]], adapter: Path, nf4: bool, double: bool
+        self, files: WeightFiles, shapes: Mapping[str, tuple[int, ...]], adapter: Path, nf4: bool, double: bool
     ) -> None:
-        self.files, self.nf4, self.double = files, nf4, double
-        self.where = {name: handle for handle in files.values() for name in handle.keys()}  # noqa: SIM118
-        # Older files lack the `model.` in front of their names, those of models that also see have more there.
-        embedding = next(name for name in self.where if name.endswith("embed_tokens.weight"))
-        self.prefix = embedding.removesuffix("embed_tokens.weight")
-        matrices = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
-        matrices.pop("model.embed_tokens")
-        self.matrices = matrices
-        self.dtype: torch.dtype = self.where[embedding].get_tensor(embedding).dtype
-        self.quantised = any(name.endswith(_NF4_STATE) for name in self.where)
+        self.files, self.shapes, self.nf4, self.double = files, shapes, nf4, double
+        self.matrices = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
+        del self.matrices["model.embed_tokens"]
+        self.dtype = files.header(files.name_of("model.embed_tokens.weight"))[1]
+        self.quantised = any(files.is_nf4(name) for name in files.where)
         self.spec, self.parts = read_adapter(adapter, self.matrices)
 
-    def tensors(self, file: Path) -> dict[str, Tensor]:
-        """The merged tensors of one file of the base, by name."""
+    def entries(self) -> dict[str, list[Entry]]:
+        """The merged tensors, by the names of the base's files that they are in."""
         # The scales and tables of a quantised weight are called NAME.weight.SOMETHING.
-        names = [name for name in self.files[file].keys() if ".weight." not in name]  # noqa: SIM118
-        return {name: self._merged(name) for name in names}
+        kept = {file: [n for n in names if ".weight." not in n] for file, names in self.files.names.items()}
+        return {file.name: [self._entry(name) for name in names] for file, names in kept.items()}
 
-    def _merged(self, name: str) -> Tensor:
-        path, _, part = self._canonical(name).rpartition(".")
-        tensor: Tensor = self.where[name].get_tensor(name)
-        if path not in self.matrices:
-            return tensor
+    def _entry(self, name: str) -> Entry:
+        path = self.files.path_of(name)
+        shape, dtype = self.files.header(name)
+        if path is None or path not in self.shapes:  # no part of the decoder
+            return Entry(name, shape, dtype, partial(self.files.tensor, name))
+        dtype = self.dtype if self.files.is_nf4(name) else dtype
+        return Entry(name, self.shapes[path], dtype, partial(self._merged, name, path, dtype))
+
+    def _merged(self, name: str, path: str, dtype: torch.dtype) -> Tensor:
+        layer, _, part = path.rpartition(".")
+        if layer not in self.matrices:
+            return self.files.weight(name)
         if part == "bias":
-            merged = self._adapter(path, None).merge_bias(tensor) if path in self.parts else tensor
-            return merged.to(tensor.dtype)
-        weight, changed = self._weight(name, tensor, requantise=self.nf4 and path != HEAD)
-        if path in self.parts:
-            weight, changed = self._adapter(path, weight).merge(weight), True
-        if not changed:
-            return tensor
-        merged = weight.to(tensor.dtype if tensor.is_floating_point() else self.dtype)
+            bias = self.files.weight(name)
+            return self._adapter(layer, None).merge_bias(bias) if layer in self.parts else bias
+        weight = self._weight(name, layer)
+        if layer in self.parts:
+            weight = self._adapter(layer, weight).merge(weight)
+        merged = weight.to(dtype)
         if not bool(merged.isfinite().all()):
             raise ValueError(f"{name} would overflow {merged.dtype} once merged: the adapter's weights are too large")
         return merged
 
-    def _weight(self, name: str, tensor: Tensor, requantise: bool) -> tuple[Tensor, bool]:
-        """The weight that the adapter is added to, in fp32, and whether it differs from what the file holds."""
-        if f"{name}{_NF4_STATE}" in self.where:
-            parts = {key: self.where[key].get_tensor(key) for key in self.where if key.startswith(f"{name}.")}
-            stored = NF4.from_bitsandbytes(name.removesuffix(".weight"), {name: tensor} | parts)
-            return stored.dense(torch.float32), True
-        if requantise:
-            return NF4.encode(tensor, self.double).dense(torch.float32), True
-        return tensor.float(), False
+    def _weight(self, name: str, layer: str) -> Tensor:
+        """The weight that the adapter is added to, in fp32."""
+        if self.files.is_nf4(name):
+            return self.files.nf4(name, self.matrices[layer]).dense(torch.float32)
+        weight = self.files.weight(name)
+        if self.nf4 and layer != HEAD:
+            return NF4.encode(weight, self.double).dense(torch.float32)
+        return weight.float()
 
     def _adapter(self, path: str, weight: Tensor | None) -> Adapter:
         """The adapter's part in one layer; scaling a bias takes no weight."""
@@ -138,45 +135,13 @@ class _Merger:
         fill_adapter(adapter, self.parts[path])
         return adapter
 
-    def _canonical(self, name: str) -> str:
-        """What the decoder calls the tensor."""
-        if name.endswith(f"{HEAD}.weight"):
-            return f"{HEAD}.weight"
-        return f"model.{name.removeprefix(self.prefix)}" if name.startswith(self.prefix) else name
-
-
-def _open(base: Path, stack: ExitStack) -> dict[Path, Any]:
-    """The safetensors files of a base, opened."""
-    names = {"model.safetensors"}
-    if (base / INDEX).is_file():
-        names = set(json.loads((base / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    return {
-        base / name: stack.enter_context(cast(Any, safe_open(base / name, framework="pt"))) for name in sorted(names)
-    }
-
-
-def _write_shards(merger: _Merger, folder: Path) -> None:
-    """The merged weights, in files of the same names as the base's, and their index where there are several."""
-    weight_map: dict[str, str] = {}
-    total = 0
-    for file in merger.files:
-        tensors = merger.tensors(file)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file.name, {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file.name)
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if len(merger.files) > 1 or "model.safetensors" not in weight_map.values():
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
 
 def _write_rest(base: Path, adapter: Path, folder: Path) -> None:
     """Everything but weights: the base's, with the tokenizer and template that the adapter was trained with."""
     config = {key: value for key, value in read_json(base).items() if key != "quantization_config"}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for source, names in ((base, ("generation_config.json", *TOKENIZER_FILES)), (adapter, TOKENIZER_FILES)):
-        for name in names:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+    copy_tokenizer(base, folder, "generation_config.json")
+    copy_tokenizer(adapter, folder)
 
 
 @torch.no_grad()
@@ -187,6 +152,3 @@ def _logits(folder: Path, storage: str, batch: Batch, adapter: Path | None = Non
         return model.logits(batch)
     load_adapter(model, adapter, "beside")
     return model.logits(batch, "beside")
-
-
-_NF4_STATE = ".quant_state.bitsandbytes__nf4"

@@ -1,6 +1,8 @@
 """Merged folders: what transformers makes of them, what the report says, what is refused."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,8 @@ from torch import Tensor
 
 from burnish.model.adapter_files import save_adapter
 from burnish.model.adapters import AdapterSpec, adapter_parameters, add_adapter
-from burnish.model.checkpoint import load_model
-from burnish.model.linear import Linear
-from burnish.model.storage import NF4
+from burnish.model.checkpoint import load_model, save_model
+from burnish.model.weight_files import INDEX
 from burnish.serve.merge import compare, merge
 from tests.tiny import tiny_batch, tiny_folder
 
@@ -22,6 +23,8 @@ SPECS = {
     "dora": AdapterSpec("dora", rank=4, alpha=6.0, targets=("q_proj", "down_proj")),
     "ia3": AdapterSpec("ia3"),
 }
+EMBEDDING = "model.embed_tokens.weight"
+Q = "model.layers.1.self_attn.q_proj.weight"
 kinds = pytest.mark.parametrize("kind", sorted(SPECS))
 
 
@@ -118,22 +121,51 @@ def test_a_16_bit_base_is_rounded_once(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_bitsandbytes_base_becomes_a_dense_model(tmp_path: Path) -> None:
-    base = tiny_folder(tmp_path / "base")
-    folder, logits = adapter(base, tmp_path, "lora", "nf4")
-    model = load_model(base, "nf4")
-    tensors = load_file(base / "model.safetensors")
-    for path, module in model.named_modules():
-        if isinstance(module, Linear) and isinstance(module.stored, NF4):
-            del tensors[f"{path}.weight"]
-            tensors |= {name: tensor.contiguous() for name, tensor in module.stored.to_bitsandbytes(path).items()}
-    split(base, tensors)
-    config = json.loads((base / "config.json").read_text())
-    quantisation = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
+    dense = tiny_folder(tmp_path / "dense")
+    folder, logits = adapter(dense, tmp_path, "lora", "nf4")
+    base = tmp_path / "base"
+    save_model(load_model(dense, "nf4"), base, dense, dtype=torch.float32, max_shard_bytes=50_000, bitsandbytes=True)
+    assert len(list(base.glob("*.safetensors"))) > 1
     report = merge(base, folder, tmp_path / "merged")
     torch.testing.assert_close(transformers_logits(tmp_path / "merged"), logits, rtol=0, atol=0.05)
     assert report["mean_abs_logit_error"] < 0.005
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+
+
+def rewrite(file: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda shard: shard.write_bytes(shard.read_bytes()[:-1]), "damaged or cut short"),
+        (lambda shard: shard.write_bytes(b"junk" * 9), "damaged or cut short"),
+        (lambda shard: shard.unlink(), "the index names this file, but it is not there"),
+        (lambda shard: (shard.parent / INDEX).write_text("[]"), "not an index"),
+        (lambda shard: (shard.parent / INDEX).unlink(), "holds no model.safetensors"),
+        (lambda shard: rewrite(shard, lambda t: t.popitem()), "is missing from the checkpoint"),
+        (lambda shard: rewrite(shard, lambda t: t.update(spare=torch.ones(1))), "spare is not part of"),
+        (lambda shard: rewrite(shard, lambda t: t[EMBEDDING][0].fill_(torch.nan)), "embed_tokens.weight holds NaN"),
+        (lambda shard: rewrite(shard, lambda t: t.update({Q: t[Q].T.contiguous()[:3]})), "q_proj.weight has shape"),
+        (lambda shard: rewrite(shard, lambda t: t[Q][1, 2].fill_(torch.inf)), "q_proj.weight holds NaN or infinite"),
+    ],
+)
+def test_a_damaged_base_is_refused_as_it_is_where_it_would_be_trained(
+    damage: Callable[[Path], object], message: str, base: Path, tmp_path: Path
+) -> None:
+    folder, _ = adapter(base, tmp_path, "lora")
+    broken = shutil.copytree(base, tmp_path / "broken")
+    damage(broken / json.loads((broken / INDEX).read_text())["weight_map"][Q])
+    with pytest.raises(ValueError, match=message) as loading:
+        load_model(broken, "fp32")
+    with pytest.raises(ValueError, match=message) as merging:
+        merge(broken, folder, tmp_path / "merged", check=False)
+    assert str(merging.value) == str(loading.value)
+    assert "\n" not in str(merging.value)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_the_tokenizer_that_the_adapter_was_trained_with_goes_along(base: Path, tmp_path: Path) -> None:
