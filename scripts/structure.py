@@ -2,13 +2,14 @@
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 FILE_LINES, FUNCTION_LINES, P90_FUNCTION_LINES, ARGUMENTS = 400, 80, 40, 8
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py", "base.py", "misc.py"}
 RECIPE_FORBIDDEN = (".backward(", "optimizer.step(", "all_reduce", "clip_grad")
 METHODS = {"sft", "dpo", "ppo", "grpo", "rloo", "reinforce", "reward"}
+TORCH_FREE = {"config.py", "cli.py", "families.py", "preflight.py", "formats.py"}
 LOSSES_MAY_IMPORT = ("burnish.ops.sequences", "burnish.types")
 
 
@@ -57,26 +58,53 @@ def function_problems(path: Path, function: ast.FunctionDef) -> Iterator[str]:
 
 
 def import_problems(path: Path, tree: ast.Module) -> Iterator[str]:
-    """Imports that are allowed to some folders only."""
+    """Imports that are allowed to some folders only, or only inside functions."""
     folder = path.parts[1]
-    for name in imported(tree):
-        if name.startswith("torch.distributed") and folder != "engine":
+    for name in imported(path, ast.walk(tree)):
+        if within(name, "torch.distributed") and folder != "engine":
             yield f"{path}: torch.distributed is spoken in engine/ only"
-        if name.startswith("burnish.kernels") and folder not in ("ops", "optim", "kernels"):
+        if within(name, "burnish.kernels") and folder not in ("ops", "optim", "kernels"):
             yield f"{path}: kernels are imported by ops/ and optim/ only"
-        if name.startswith("burnish.") and folder == "losses" and not name.startswith(LOSSES_MAY_IMPORT):
+        if within(name, "burnish") and folder == "losses" and not any(within(name, some) for some in LOSSES_MAY_IMPORT):
             yield f"{path}: a loss imports nothing of ours but {' and '.join(LOSSES_MAY_IMPORT)}, not {name}"
-        if name == "torch" and path.name in ("config.py", "cli.py", "families.py", "preflight.py", "formats.py"):
-            yield f"{path}: torch may be imported inside functions only: errors must come before it loads"
+    if path.name in TORCH_FREE:
+        for name in imported(path, run_on_import(tree)):
+            if within(name, "torch"):
+                yield f"{path}: {name} is imported at the top: errors come before torch loads, so a function imports it"
 
 
-def imported(tree: ast.Module) -> Iterator[str]:
-    """The modules that a file imports anywhere."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
+def imported(path: Path, nodes: Iterable[ast.AST]) -> Iterator[str]:
+    """What these nodes import, and what of `torch` they reach by its full name: `from a import b` gives `a.b`."""
+    for node in nodes:
+        match node:
+            case ast.Import():
+                yield from (alias.name for alias in node.names)
+            case ast.ImportFrom():
+                start = [*path.with_suffix("").parts[: -node.level]] if node.level else []
+                module = ".".join([*start, *filter(None, [node.module])])
+                yield from (f"{module}.{alias.name}" for alias in node.names)
+            case ast.Attribute(value=ast.Name(id="torch")):
+                yield f"torch.{node.attr}"
+
+
+def run_on_import(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run when the module is imported: all but those in functions and under `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
+                pass
+            case ast.If(test=ast.Name(id="TYPE_CHECKING") | ast.Attribute(attr="TYPE_CHECKING")):
+                for other in node.orelse:
+                    yield other
+                    yield from run_on_import(other)
+            case _:
+                yield node
+                yield from run_on_import(node)
+
+
+def within(name: str, package: str) -> bool:
+    """Whether the dotted name is the package or something in it."""
+    return f"{name}.".startswith(f"{package}.")
 
 
 if __name__ == "__main__":
