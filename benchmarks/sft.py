@@ -9,11 +9,13 @@ Every token is scored, sequences have one length, LoRA has rank 16 on all linear
 """
 
 import csv
+import difflib
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from burnish.data.packing import collate
 from burnish.engine.assemble import open_learner, open_model
 from burnish.engine.mesh import Mesh
 from burnish.losses.likelihood import cross_entropy
+from burnish.model.adapters import ADAPTERS
+from burnish.model.storage import STORAGES
 from burnish.types import Batch, Sequence
 
 RESULTS = Path(__file__).with_name("results.csv")
@@ -56,15 +60,25 @@ SHAPES = {
     | {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
     | {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192, "rope_theta": 500000.0},
 }
+WORDS = {
+    "shape": "llama-2-7b",
+    "storage": "nf4",
+    "adapter": "lora",
+    "checkpointing": "false",
+    "sequences": "4",
+    "length": "2048",
+    "commit": "",
+    "note": "",
+}
+"""What can be asked for, and what is measured where it is not."""
 WARM_UP, TIMED = 4, 10
 
 
-def main(words: list[str]) -> None:
-    """Measures what the words ask for, prints the row and adds it to results.csv."""
-    asked = dict(word.split("=", 1) for word in words)
-    shape, storage = asked.get("shape", "llama-2-7b"), asked.get("storage", "nf4")
-    adapter, checkpointing = asked.get("adapter", "lora"), asked.get("checkpointing", "false") == "true"
-    num_sequences, length = int(asked.get("sequences", 4)), int(asked.get("length", 2048))
+def main(asked: Mapping[str, str]) -> None:
+    """Measures what is asked for, prints the row and adds it to results.csv."""
+    shape, storage, adapter = asked["shape"], asked["storage"], asked["adapter"]
+    checkpointing = asked["checkpointing"] == "true"
+    num_sequences, length = int(asked["sequences"]), int(asked["length"])
     device = torch.device("cuda")
     mesh = Mesh(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +111,7 @@ def main(words: list[str]) -> None:
     write_row(
         {
             "date": datetime.now(UTC).date().isoformat(),
-            "commit": asked.get("commit") or current_commit(),
+            "commit": asked["commit"] or current_commit(),
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "benchmark": "sft",
@@ -113,9 +127,29 @@ def main(words: list[str]) -> None:
             "peak_allocated_gib": f"{torch.cuda.max_memory_allocated() / 2**30:.2f}",
             "peak_reserved_gib": f"{torch.cuda.max_memory_reserved() / 2**30:.2f}",
             "compile_seconds": f"{times[0]:.1f}",
-            "note": asked.get("note", ""),
+            "note": asked["note"],
         }
     )
+
+
+def read_words(words: list[str]) -> dict[str, str]:
+    """Every word of `WORDS`, with the value that is asked for. Raises ValueError naming the word that is wrong."""
+    asked = dict(WORDS)
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in WORDS or "=" not in word:
+            nearest = difflib.get_close_matches(key, WORDS, n=1)
+            hint = f"did you mean {nearest[0]}=...?" if nearest else f"known are {', '.join(WORDS)}"
+            raise ValueError(f"{word} is not known: {hint}")
+        asked[key] = value
+    known = {"shape": SHAPES, "storage": STORAGES, "adapter": ("none", *ADAPTERS), "checkpointing": ("true", "false")}
+    for key, allowed in known.items():
+        if asked[key] not in allowed:
+            raise ValueError(f"{key}={asked[key]} is not known: write one of {', '.join(allowed)}")
+    for key in ("sequences", "length"):
+        if not asked[key].isdecimal() or int(asked[key]) < 1:
+            raise ValueError(f"{key}={asked[key]} must be a whole number above 0")
+    return asked
 
 
 def current_commit() -> str:
@@ -143,4 +177,8 @@ def write_row(row: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        asked = read_words(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"benchmarks/sft.py: {error}")
+    main(asked)
