@@ -34,7 +34,7 @@ def merge(
 
     `onto="weights"` adds to the weights as the base has them, `onto="nf4"` to what they become through NF4, which is
     what a QLoRA adapter was trained on. Each weight is computed in fp32 and rounded once to the base's dtype, one
-    shard in memory at a time. Raises ValueError for an adapter that does not fit, and for a folder that is not empty.
+    weight in memory at a time. Raises ValueError for an adapter that does not fit, a damaged base, a folder not empty.
 
     The report compares, on `tokens` (none: random ones), the logits of the merged model with those of the base and
     the adapter beside it: largest and mean difference, KL divergence, share of tokens with the same best next token.
