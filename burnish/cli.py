@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, ValueError, OSError, MemoryError, ImportError, ArithmeticError) as error:
         if "--traceback" in words:
             traceback.print_exc()
-        print(f"burnish {words[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"burnish {words[0]}: {_told(error)}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         print(f"burnish {words[0]}: stopped", file=sys.stderr)
@@ -45,9 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, named because torch is not imported here
             raise
-        advice = "model.storage=nf4, a smaller run.microbatch_tokens or another device needs less"
-        print(f"burnish {words[0]}: out of memory: {advice} ({' '.join(str(error).split())})", file=sys.stderr)
+        print(f"burnish {words[0]}: {_told(MemoryError())} ({' '.join(str(error).split())})", file=sys.stderr)
         return 1
+
+
+def _told(error: Exception) -> str:
+    """An error as one line."""
+    if isinstance(error, MemoryError) and not str(error):
+        return "out of memory: model.storage=nf4, a smaller run.microbatch_tokens or another device needs less"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
 
 
 def _run(words: list[str]) -> int:

@@ -51,7 +51,7 @@ class TrainedModelSettings(Settings):
     adapter: str | None = Field(default=None, description="An adapter folder in PEFT's layout, or the folder of a run.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id; none: the adapter's.")
     storage: Literal["auto", "bf16", "fp32", "nf4"] = Field(
-        default="auto", description="How the base weights are kept; `auto`: as when the adapter was trained, else bf16."
+        default="auto", description="`auto`: as when the adapter was trained, else bf16."
     )
     template: str = Field(default="auto", description="The chat template; `auto`: the one of training.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto` is cuda where there is one.")
@@ -86,6 +86,7 @@ class DataSettings(Settings):
 
     path: str | tuple[str, ...] = Field(
         default="embedded",
+        min_length=1,
         description="JSONL, JSON or Parquet files, a hub dataset id, or `embedded`; a list is joined.",
     )
     format: str = Field(
@@ -103,28 +104,20 @@ class DataSettings(Settings):
     too_long: Literal["drop", "split", "error"] = Field(
         default="drop", description="What becomes of a longer one. Nothing is ever cut silently; the audit counts them."
     )
-    repair: bool = Field(
-        default=True, description="Repair known dirt by named, counted rules; without it such rows are dropped."
-    )
-    allow_untrained: bool = Field(
-        default=False, description="Drop rows without a token to train on instead of stopping."
-    )
+    repair: bool = Field(default=True, description="Repair known dirt by named rules; else drop such rows.")
+    allow_untrained: bool = Field(default=False, description="Drop rows without a token to train on, do not stop.")
     limit: int | None = Field(default=None, ge=1, description="Read at most so many rows.")
 
 
 class EvaluateSettings(Settings):
     """What is measured besides the training loss."""
 
-    path: str | None = Field(
-        default=None, description="Held-out rows in any format of data.path; none: a share of data.path."
-    )
-    fraction: float = Field(
-        default=0.05, ge=0, lt=1, description="The share of data.path held out when evaluate.path is none."
-    )
+    path: str | None = Field(default=None, description="Held-out rows in any format; none: a share of data.path.")
+    fraction: float = Field(default=0.05, ge=0, lt=1, description="The share of rows held out without evaluate.path.")
     every: int = Field(default=0, ge=0, description="Evaluate every so many steps; 0: at the end only.")
-    prompts: int = Field(default=0, ge=0, description="Held-out rows to answer by generation and grade by exact match.")
+    prompts: int = Field(default=0, ge=0, description="Held-out rows to answer by generation and grade.")
     max_tokens: int = Field(default=64, ge=1, description="The longest answer to a prompt, in tokens.")
-    general: str | None = Field(default=None, description="Text whose loss is measured before and after: forgetting.")
+    general: str | None = Field(default=None, description="Text whose loss is measured: forgetting.")
 
 
 class OptimSettings(Settings):
@@ -149,7 +142,7 @@ class OptimSettings(Settings):
 class RunSettings(Settings):
     """How long, where, and with what resources."""
 
-    folder: str = Field(default="runs/sft", description="Where everything about the run is written.")
+    folder: str = Field(default="runs/sft", min_length=1, description="Where everything about the run is written.")
     steps: int | None = Field(default=None, ge=0, description="Optimizer steps; none: as many as run.epochs take.")
     epochs: float = Field(default=1.0, gt=0, description="Passes over the data when run.steps is none.")
     seed: int = Field(default=0, ge=0, description="Decides data order, initial adapters and dropout.")
@@ -165,9 +158,7 @@ class RunSettings(Settings):
         ge=2,
         description="Tokens per forward pass on one device: what memory depends on. At most run.step_tokens.",
     )
-    checkpointing: bool = Field(
-        default=False, description="Recompute activations in the backward pass: less memory, more time."
-    )
+    checkpointing: bool = Field(default=False, description="Recompute activations: less memory, more time.")
     compile: Literal["auto", "on", "off"] = Field(
         default="auto", description="Compile the decoder block; `auto`: on cuda only."
     )
@@ -177,10 +168,8 @@ class SaveSettings(Settings):
     """Checkpoints and logs."""
 
     every: int = Field(default=100, ge=0, description="Steps between checkpoints; 0: at the end only.")
-    keep: int = Field(
-        default=2, ge=1, description="How many of the newest checkpoints to keep; the best is kept besides."
-    )
-    resume: bool = Field(default=False, description="Continue the run in run.folder from its newest checkpoint.")
+    keep: int = Field(default=2, ge=1, description="Newest checkpoints to keep; the best is kept besides.")
+    resume: bool = Field(default=False, description="Continue the run from its newest checkpoint.")
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32",
         description="Of a fully trained model's files: fp32 is what was trained; bf16 halves and rounds it.",
@@ -235,8 +224,8 @@ class TrainingSettings(Settings):
             )
         if self.run.step_tokens < self.run.microbatch_tokens:
             raise ValueError(
-                f"run.step_tokens={self.run.step_tokens} is less than one micro-batch of "
-                f"run.microbatch_tokens={self.run.microbatch_tokens}: write run.microbatch_tokens={self.run.step_tokens}"
+                f"run.step_tokens={self.run.step_tokens} is less than a micro-batch of run.microbatch_tokens="
+                f"{self.run.microbatch_tokens}: write run.microbatch_tokens={self.run.step_tokens}"
             )
         if self.run.microbatch_tokens < self.data.max_length:
             raise ValueError(
@@ -311,6 +300,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        raise ConfigError(f"{path} is empty; write `key: value` lines into it")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold `key: value` lines, not a {type(tree).__name__}")
     return tree
@@ -322,6 +313,8 @@ def _value(kind: str, key: str, text: str) -> Any:
     if kind.startswith("str") and not (listed and "tuple" in kind):
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
         return None if text in ("none", "null") and "none" in kind else text[1:-1] if quoted else text
+    if kind.startswith("tuple") and not listed:
+        return [] if text in ("", "none") else text.split(",")
     try:
         return yaml.safe_load(text) if text.strip() else text
     except yaml.YAMLError:
@@ -355,6 +348,8 @@ def _explain(schema: type[Settings], problem: ErrorDetails) -> str:
     given = _show(problem["input"])
     match problem["type"]:
         case "extra_forbidden":
+            if isinstance(problem["input"], dict) and problem["input"]:
+                key = f"{key}.{next(iter(problem['input']))}"  # the group is unknown: name the whole setting
             nearest = nearest_name(key, known)
             return f"unknown key '{key}'" + (f"; did you mean '{nearest}'?" if nearest else "; --help lists the keys")
         case "missing":

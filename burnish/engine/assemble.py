@@ -76,7 +76,7 @@ def save_trained(
         save_model(decoder, folder / "model", base, dtype=dtype)
     else:
         about = {
-            "base_fingerprint": base_fingerprint(base),
+            "base_fingerprint": base_fingerprint(base) if settings.model.init == "weights" else None,
             "storage": settings.model.storage,
             "double_quant": settings.model.double_quant,
         }

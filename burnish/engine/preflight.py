@@ -42,11 +42,11 @@ def check_positions(base: Path, longest: int) -> None:
         )
 
 
-def check_device(device: str) -> None:
-    """Raises ValueError when cuda was asked for and the driver shows no device."""
+def check_device(device: str, key: str = "run.device") -> None:
+    """Raises ValueError when cuda was asked for under this key and the driver shows no device."""
     if device == "cuda" and cuda_device_count() == 0:
         raise ValueError(
-            "run.device=cuda, but this machine shows no CUDA device: write run.device=cpu; "
+            f"{key}=cuda, but this machine shows no CUDA device: write {key}=cpu; "
             "`burnish doctor` says what the machine has"
         )
 
@@ -82,7 +82,7 @@ def check_run_folder(folder: Path, config: TrainingSettings) -> None:
         )
     before, now = yaml.safe_load(stored.read_text(encoding="utf-8")) or {}, yaml.safe_load(to_yaml(config))
     changed = sorted(set(_flat(before).items()) ^ set(_flat(now).items()))
-    names = sorted({name for name, _ in changed if not name.startswith("save.")})
+    names = sorted({name for name, _ in changed if not name.startswith("save.") and name != "run.folder"})
     if names:
         raise ValueError(
             f"run.folder={folder} holds a run with other settings ({', '.join(names)}); resume it with the same ones"

@@ -177,6 +177,7 @@ class Run:
         self.bar.set_description(f"measuring {name} training")
         value = work()
         self.bar.set_description("training")
+        self.bar.unpause()  # what is measured is no part of the time that is left
         self.write_json(path.name, value)
         return value
 
@@ -187,8 +188,12 @@ class Run:
 
     def _write_text(self, name: str, text: str) -> None:
         aside = self.folder / f".{name}"
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(self.folder / name)
+        try:
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(self.folder / name)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise OSError(f"{self.folder / name} could not be written ({error.strerror})") from None
 
     @contextmanager
     def _measured(self) -> Generator[Peak]:
@@ -266,7 +271,7 @@ class Run:
         return (
             f"out of memory at step {self.step + 1} with {held:.1f} GiB in use on {self.mesh.device}; any of these "
             "needs less: half of run.microbatch_tokens, run.checkpointing=true, model.storage=nf4, a smaller "
-            "data.max_length"
+            "data.max_length; a run without a checkpoint starts anew with another run.folder"
         )
 
 

@@ -1,13 +1,12 @@
 """Opening a model that has been trained: its base, its adapter, and the tokenizer and template that belong to it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from burnish.config import TrainedModelSettings
 from burnish.data.templates import ChatTemplate
-from burnish.data.tokenizer import Tokenizer
+from burnish.data.tokenizer import Tokenizer, read_json
 from burnish.engine.preflight import check_device
 from burnish.model.families import find_model, read_config
 
@@ -44,20 +43,22 @@ def find_base(settings: TrainedModelSettings) -> Path:
     if path is None and settings.adapter is None:
         raise ValueError("write model.path=DIR_OR_ID, or model.adapter=DIR to use an adapter's own base")
     if path is None and settings.adapter is not None:
-        config = json.loads((find_adapter(settings.adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+        config = read_json(find_adapter(settings.adapter) / "adapter_config.json")
         path, revision = config.get("base_model_name_or_path"), revision or config.get("revision")
         if not path:
             raise ValueError(
                 f"model.adapter={settings.adapter} does not say which base it is for; write model.path=DIR_OR_ID"
             )
     assert path is not None
+    if (Path(path) / "adapter").is_dir() and not (Path(path) / "model").is_dir():
+        raise ValueError(f"model.path={path} is a run that trained an adapter; write model.adapter={path}")
     result = Path(path) / "model"
     return result if (result / "config.json").exists() else find_model(path, revision)
 
 
 def check_trained(settings: TrainedModelSettings) -> None:
     """Raises ValueError for a device, base or adapter that is not there; imports no torch."""
-    check_device(settings.device)
+    check_device(settings.device, "model.device")
     read_config(find_base(settings))
     if settings.adapter is not None:
         find_adapter(settings.adapter)
@@ -75,7 +76,7 @@ def open_trained(settings: TrainedModelSettings) -> Trained:
     base = find_base(settings)
     folder = find_adapter(settings.adapter) if settings.adapter is not None else None
     about = read_about(folder) if folder else {}
-    if about and about["base_fingerprint"] != base_fingerprint(base):
+    if about.get("base_fingerprint") not in (None, base_fingerprint(base)):
         raise ValueError(
             f"model.adapter={settings.adapter} was trained on another base than the one in {base}; "
             "write model.path=DIR_OR_ID of the base it was trained on"

@@ -57,7 +57,10 @@ def save_adapter(
     config["revision"] = revision
     documents = {CONFIG_FILE: config} | ({} if about is None else {ABOUT_FILE: dict(about)})
     with written_aside(folder) as aside:
-        save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
+        try:
+            save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder / WEIGHTS_FILE} could not be written ({error})") from None
         for file, document in documents.items():
             (aside / file).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if tokenizer_folder is not None:

@@ -292,6 +292,10 @@ def _factors(stored: Stored, rank: int, generator: torch.Generator | None) -> tu
     """A, uniform within ±1/sqrt(inputs) as a new linear layer of PyTorch's is, and B, zero: their product is zero."""
     outputs, inputs = stored.shape
     device = torch.device("cpu") if generator is None else generator.device
+    if rank > max(outputs, inputs):
+        raise ValueError(
+            f"adapter.rank={rank} is more than a layer of {outputs} x {inputs} can use; write a smaller one"
+        )
     A = torch.rand(rank, inputs, generator=generator, device=device).mul_(2).sub_(1).mul_(inputs**-0.5)
     return nn.Parameter(A.to(_device(stored))), nn.Parameter(torch.zeros(outputs, rank, device=_device(stored)))
 
