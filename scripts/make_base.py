@@ -149,7 +149,7 @@ def training_settings(config: Config) -> dict[str, Any]:
             "step_tokens": config.step_tokens,
             "microbatch_tokens": config.step_tokens,
         },
-        "save": {"every": 1000, "log_every": 10},
+        "save": {"every": 1000, "log_every": 10, "dtype": "bf16"},
     }
 
 

@@ -116,3 +116,16 @@ def test_lengths_that_are_not_given_follow_those_that_are():
     assert lengths("run.step_tokens=1024") == (1024, 1024, 1024)
     assert lengths("data.max_length=8192") == (16384, 8192, 8192)
     assert "run.microbatch_tokens=128" in message("run.step_tokens=128", "run.microbatch_tokens=4096")
+
+
+def test_a_list_of_one_needs_no_brackets():
+    assert parse(TrainingSettings, ["save.trackers=tensorboard"]).save.trackers == ("tensorboard",)
+    assert parse(TrainingSettings, ["save.trackers=none"]).save.trackers == ()
+
+
+def test_a_setting_of_an_unknown_group_names_the_whole_setting(tmp_path):
+    assert "unknown key 'opt.lr'; did you mean 'optim.lr'?" in message("opt.lr=1")
+    assert message("data.path=").startswith("'data.path' should be")
+    assert message("run.folder=").startswith("'run.folder' should be")
+    (tmp_path / "empty.yaml").write_text("")
+    assert "is empty" in message(str(tmp_path / "empty.yaml"))

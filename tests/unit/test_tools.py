@@ -1,11 +1,14 @@
 """The tools on the embedded model: what they print, and that --json is one JSON object and nothing else."""
 
 import json
+import shutil
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from burnish.cli import main
+from burnish.engine.preflight import cuda_device_count
+from burnish.model.families import EMBEDDED
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +102,43 @@ def test_the_quick_demo_compares_three_methods_and_can_be_repeated(capsys, tmp_p
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
     assert main(["demo", f"out={tmp_path / 'mine'}", "quick=true"]) == 1
     assert (tmp_path / "mine" / "notes.txt").exists()
+
+
+def complaint(capsys, *words: str) -> str:
+    capsys.readouterr()
+    assert main(list(words)) in (1, 2)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err.splitlines()[-1]
+
+
+def test_an_adapter_is_not_put_on_another_base(capsys, run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(EMBEDDED, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"] * 1.5
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    words = [f"model.path={other}", f"model.adapter={run}", "prompt=Spell cat."]
+    assert "was trained on another base" in complaint(capsys, "generate", *words)
+
+
+def test_an_adapter_is_asked_on_the_storage_it_was_trained_on(capsys, tmp_path):
+    words = ["data.path=embedded", "data.limit=100", "data.max_length=128", f"run.folder={tmp_path / 'run'}"]
+    words += ["run.steps=1", "run.step_tokens=512", "save.trackers=none", "model.storage=nf4", "evaluate.fraction=0"]
+    assert main(["sft", *words]) == 0
+    asked = ["eval", f"model.adapter={tmp_path / 'run'}", "data.path=embedded", "data.limit=30", "data.max_length=128"]
+    by_itself = as_json(capsys, *asked)["metrics"]["eval_loss"]
+    assert by_itself == as_json(capsys, *asked, "model.storage=nf4")["metrics"]["eval_loss"]
+    assert by_itself != as_json(capsys, *asked, "model.storage=bf16")["metrics"]["eval_loss"]
+
+
+def test_what_is_named_in_the_wrong_place_says_where_it_belongs(capsys, run):
+    assert f"write model.adapter={run}" in complaint(capsys, "generate", f"model.path={run}", "prompt=hi")
+    if cuda_device_count() == 0:
+        asked = ["generate", "model.path=embedded", "model.device=cuda", "prompt=a"]
+        assert "write model.device=cpu" in complaint(capsys, *asked)
+    assert "nothing to continue" in complaint(capsys, "generate", "model.path=embedded", "chat=false", "prompt=")
+    assert "evaluate.general=nothing.txt" in complaint(
+        capsys, "sft", "evaluate.general=nothing.txt", "run.folder=runs/none"
+    )
+    assert "adapter.rank=5000" in complaint(capsys, "sft", "adapter.rank=5000", f"run.folder={run.parent / 'large'}")

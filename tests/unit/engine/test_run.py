@@ -1,6 +1,7 @@
 """A run's folder: what is in it, and what is left when something goes wrong."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -209,8 +210,6 @@ def test_other_data_under_the_same_name_is_not_continued(words, tmp_path, capsys
 
 
 def test_a_checkpoint_half_deleted_is_no_obstacle(words, tmp_path, monkeypatch):
-    import shutil
-
     real, calls = shutil.rmtree, [0]
 
     def cut_short(path, *args, **kwargs):
@@ -225,3 +224,13 @@ def test_a_checkpoint_half_deleted_is_no_obstacle(words, tmp_path, monkeypatch):
     assert main([*words, "save.keep=1"]) == 130
     assert main([*words, "save.keep=1", "save.resume=true"]) == 0
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+def test_a_run_is_continued_under_any_name_of_its_folder(words, tmp_path, monkeypatch):
+    assert main(words) == 0
+    for checkpoint in ("step-00000006", "step-00000004"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / checkpoint)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert main([*words, f"run.folder={tmp_path}/./moved/", "save.resume=true"]) == 0
+    assert [line["step"] for line in lines(tmp_path / "moved")] == [1, 2, 3, 4, 5, 6]
+    assert "resume: false" in (tmp_path / "moved" / "config.yaml").read_text()
