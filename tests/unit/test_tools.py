@@ -141,4 +141,5 @@ def test_what_is_named_in_the_wrong_place_says_where_it_belongs(capsys, run):
     assert "evaluate.general=nothing.txt" in complaint(
         capsys, "sft", "evaluate.general=nothing.txt", "run.folder=runs/none"
     )
-    assert "adapter.rank=5000" in complaint(capsys, "sft", "adapter.rank=5000", f"run.folder={run.parent / 'large'}")
+    assert main(["sft", "adapter.rank=5000", f"run.folder={run.parent / 'large'}"]) == 1
+    assert "adapter.rank=5000" in capsys.readouterr().err.splitlines()[-1]

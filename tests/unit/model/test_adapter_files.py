@@ -62,6 +62,7 @@ def with_peft(base: Path, folder: Path) -> nn.Module:
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PEFT only warns of missing tensors
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing")  # what transformers 5.23 says of peft 0.21
         return peft.PeftModel.from_pretrained(model, folder).eval()
 
 

@@ -182,10 +182,12 @@ def test_a_name_that_pytorch_could_not_hold_is_refused(name: str) -> None:
 
 def test_a_taken_name_an_unknown_kind_and_a_rank_of_zero_are_refused() -> None:
     model = layers("q_proj")
-    add_adapter(model, "policy", AdapterSpec())
+    add_adapter(model, "policy", AdapterSpec(rank=4))
     with pytest.raises(ValueError, match="already has an adapter 'policy'"):
-        add_adapter(model, "policy", AdapterSpec())
+        add_adapter(model, "policy", AdapterSpec(rank=4))
     with pytest.raises(ValueError, match=r"adapter\.kind=vera is not known; known are lora, dora, ia3"):
         add_adapter(model, "other", AdapterSpec("vera"))
     with pytest.raises(ValueError, match="at least 1"):
         add_adapter(model, "other", AdapterSpec(rank_pattern={"q_proj": 0}))
+    with pytest.raises(ValueError, match=r"adapter\.rank=16 is more than a layer of 6 x 10 can use"):
+        add_adapter(model, "other", AdapterSpec(rank=16))
