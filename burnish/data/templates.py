@@ -5,7 +5,7 @@ Imports no torch.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -102,18 +102,52 @@ class ChatTemplate:
     ) -> str:
         if compiled is None:
             raise ValueError(self.missing())
-        try:
+
+        def written(nothing: str | None) -> str:
             return compiled.render(
-                messages=[{"role": m.role, "content": m.content, **m.extra} for m in messages],
+                messages=[_as_seen(message, nothing) for message in messages],
                 tools=list(tools) or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._tokenizer.special,
             )
+
+        try:
+            return _with_bare_calls(written) if any(map(_is_bare_call, messages)) else written("")
         except _Declined as declined:
             raise RefusedConversation(str(declined)) from None
         except Exception as error:  # a template is a program, and may fail in any way a program can
             raise ValueError(f"the chat template ({self.name}) fails: {type(error).__name__}: {error}") from None
+
+
+def _is_bare_call(message: Message) -> bool:
+    return not message.content and bool(message.extra.get("tool_calls"))
+
+
+def _as_seen(message: Message, nothing: str | None) -> dict[str, Any]:
+    """A message as templates see it, with `nothing` for the content of one that only calls tools."""
+    content = nothing if _is_bare_call(message) else message.content
+    return {"role": message.role, "content": content, **message.extra}
+
+
+def _with_bare_calls(written: Callable[[str | None], str]) -> str:
+    """The render with None for the content of bare calls, as the data has it, or with "" where None does not do.
+
+    Some templates write a call only if `message.content is none`; others cannot join None to text, or spell it out.
+    """
+    try:
+        text = written(None)
+    except _Declined:
+        raise
+    except Exception:  # if "" fails too, that is the failure to report
+        return written("")
+    if "None" not in text:
+        return text
+    try:
+        empty = written("")
+    except Exception:
+        return text
+    return text if text.count("None") <= empty.count("None") else empty
 
 
 class _Declined(jinja2.TemplateError):

@@ -76,6 +76,44 @@ def test_tools_and_their_json_are_rendered_as_by_transformers(tmp_path: Path):
     assert '"z": "é<&>", "a": [3, 4.5, null]' in expected
 
 
+BARE = {
+    "is none": (
+        "{% for m in messages %}{{ m.role }}:{% if m.content is none %}{{ m.tool_calls[0].function.name }}"
+        "{% else %}{{ m.content }}{% endif %};{% endfor %}",
+        'user:What is <3> & 4?;assistant:add;tool:{"sum": 7};assistant:7;',
+    ),
+    "joins": (
+        "{% for m in messages %}{{ m.role + ':' + m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %};{% endfor %}",
+        'user:What is <3> & 4?;assistant:add;tool:{"sum": 7};assistant:7;',
+    ),
+    "prints": (
+        "{% for m in messages %}{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function.arguments.a[2] }}"
+        "{% endif %};{% endfor %}",
+        'What is <3> & 4?;None;{"sum": 7};7;',
+    ),
+}
+"""Templates that want None for the content of a bare call, fail on it, and spell it out."""
+
+
+@pytest.mark.parametrize("content", [None, ""])
+@pytest.mark.parametrize("name", BARE)
+def test_a_call_without_content_is_written(tmp_path: Path, name: str, content: str | None):
+    source, expected = BARE[name]
+    template = ChatTemplate(source, Tokenizer.load(chat_tokenizer(tmp_path, None)))
+    assert template.render(messages_of([CALLS[0], CALLS[1] | {"content": content}, *CALLS[2:]], "messages")) == expected
+
+
+def test_a_template_that_fails_or_declines_a_bare_call_says_so(tmp_path: Path):
+    tokenizer, messages = Tokenizer.load(chat_tokenizer(tmp_path, None)), messages_of(CALLS, "messages")
+    with pytest.raises(ValueError, match="fails: UndefinedError"):
+        ChatTemplate("{{ messages[1].content + nothing.here }}", tokenizer).render(messages)
+    with pytest.raises(RefusedConversation, match="no calls"):
+        ChatTemplate("{% if messages[1].tool_calls %}{{ raise_exception('no calls') }}{% endif %}", tokenizer).render(
+            messages
+        )
+
+
 def test_functions_that_templates_may_call(tmp_path: Path):
     tokenizer = Tokenizer.load(chat_tokenizer(tmp_path, None))
 
