@@ -30,20 +30,23 @@ class RefusedConversation(ValueError):
 class ChatTemplate:
     """A chat template bound to the special tokens of a tokenizer."""
 
-    def __init__(self, source: str | None, tokenizer: Tokenizer, name: str = "the tokenizer's own") -> None:
+    def __init__(
+        self,
+        source: str | None,
+        tokenizer: Tokenizer,
+        name: str = "the tokenizer's own",
+        tool_source: str | None = None,
+    ) -> None:
         self.source = source
         """The Jinja text; None when the tokenizer ships none: an error only once a conversation is to be written."""
+        self.tool_source = tool_source
+        """What takes its place in conversations with tools, if anything does."""
         self.name = name
-        self.fingerprint = hashlib.sha256((source or "").encode()).hexdigest()[:32]
+        sources = (source or "") if tool_source is None else json.dumps([source, tool_source])
+        self.fingerprint = hashlib.sha256(sources.encode()).hexdigest()[:32]
         self._tokenizer = tokenizer
-        self._plain = self._marked = None
-        if source is not None:
-            try:
-                self._plain, self._marked = (_environment(marked).from_string(source) for marked in (False, True))
-            except jinja2.TemplateSyntaxError as error:
-                raise ValueError(
-                    f"the chat template ({name}) has an error at line {error.lineno}: {error.message}"
-                ) from None
+        self._own = _compiled(source, name)
+        self._with_tools = self._own if tool_source is None else _compiled(tool_source, f"{name}, tool_use")
 
     @classmethod
     def open(cls, setting: str, tokenizer: Tokenizer) -> "ChatTemplate":
@@ -52,7 +55,7 @@ class ChatTemplate:
         Raises ValueError for an unknown name, a missing file, or a template whose marks this tokenizer does not have.
         """
         if setting == "auto":
-            return cls(tokenizer.chat_template, tokenizer)
+            return cls(tokenizer.chat_template, tokenizer, tool_source=tokenizer.tool_template)
         if setting in NAMED_TEMPLATES:
             return cls(_named_source(setting, tokenizer), tokenizer, setting)
         path = Path(setting)
@@ -75,7 +78,7 @@ class ChatTemplate:
 
         Raises RefusedConversation when the template declines it, ValueError when there is no template or it fails.
         """
-        return self._run(self._plain, messages, tools, add_generation_prompt)
+        return self._run(False, messages, tools, add_generation_prompt)
 
     def missing(self) -> str:
         """What to tell a user whose conversations need a template that the tokenizer does not ship."""
@@ -88,20 +91,23 @@ class ChatTemplate:
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
     ) -> list[tuple[int, int]]:
         """Where in the rendered text the template's own `{% generation %}` blocks stand; empty when it has none."""
-        if self.source is None or "generation" not in self.source:
+        source = self.tool_source if tools and self.tool_source is not None else self.source
+        if source is None or "generation" not in source:
             return []
-        text = self._run(self._marked, messages, tools, False)
+        text = self._run(True, messages, tools, False)
         return list(_spans(text))
 
     def _run(
         self,
-        compiled: jinja2.Template | None,
+        marked: bool,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool,
     ) -> str:
-        if compiled is None:
+        both = self._with_tools if tools else self._own
+        if both is None:
             raise ValueError(self.missing())
+        compiled = both[marked]
 
         def written(nothing: str | None) -> str:
             return compiled.render(
@@ -167,6 +173,16 @@ class _Generation(jinja2.ext.Extension):
     def _write(self, caller: Any) -> str:
         body: str = caller()
         return f"{OPEN}{body}{CLOSE}" if self.environment.globals["generation_marks"] else body
+
+
+def _compiled(source: str | None, name: str) -> tuple[jinja2.Template, jinja2.Template] | None:
+    """A template that prints as it should, and one that marks its generation blocks."""
+    if source is None:
+        return None
+    try:
+        return _environment(False).from_string(source), _environment(True).from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"the chat template ({name}) has an error at line {error.lineno}: {error.message}") from None
 
 
 def _environment(marked: bool) -> ImmutableSandboxedEnvironment:

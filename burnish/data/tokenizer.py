@@ -9,7 +9,8 @@ from typing import Any
 
 import tokenizers
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", TOOL_TEMPLATE)
 """What makes up a tokenizer: copied by `save`, hashed into `fingerprint`."""
 END_FILES = ("generation_config.json", "config.json")
 """Where a checkpoint names further tokens that end a response."""
@@ -32,6 +33,8 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self.chat_template: str | None = _chat_template(folder, config)
+        self.tool_template: str | None = _tool_template(folder, config)
+        """What takes the place of `chat_template` in conversations with tools, where the folder has such a thing."""
         self.bos_id: int | None = self._id(self.special.get("bos_token"))
         self.eos_id: int | None = self._id(self.special.get("eos_token"))
         self.end_ids: frozenset[int] = _end_ids(folder, self.eos_id)
@@ -82,17 +85,24 @@ class Tokenizer:
         return self._backend.token_to_id(token)
 
     def save(self, folder: Path, template: str | None = None) -> None:
-        """Copy the tokenizer's files into a folder; `template`, when given, becomes the chat template there."""
+        """Copy the tokenizer's files into a folder; `template`, when given, becomes the one chat template there."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             if (self.folder / name).is_file():
+                (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(self.folder / name, folder / name)
         source = template or self.chat_template
         if source is None:
             return
         (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
-        if source != self.chat_template and "chat_template" in self._config:
-            # Old readers look only here: leave no second template behind.
+        if source == self.chat_template:
+            if self.tool_template is not None:  # beside a chat_template.jinja nobody reads the list in the config
+                (folder / TOOL_TEMPLATE).parent.mkdir(exist_ok=True)
+                (folder / TOOL_TEMPLATE).write_text(self.tool_template, encoding="utf-8")
+            return
+        # Leave no second template behind: readers take this one where there are tools, and old ones look in the config.
+        (folder / TOOL_TEMPLATE).unlink(missing_ok=True)
+        if "chat_template" in self._config:
             config = read_json(folder / "tokenizer_config.json") | {"chat_template": source}
             (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), "utf-8")
 
@@ -173,9 +183,25 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
         return path.read_text(encoding="utf-8")
     entry = config.get("chat_template")
     if isinstance(entry, list):
-        named = {str(item.get("name")): item.get("template") for item in entry if isinstance(item, dict)}
+        named = _named_templates(entry)
         entry = named.get("default") or (next(iter(named.values())) if len(named) == 1 else None)
     return entry if isinstance(entry, str) else None
+
+
+def _tool_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """The folder's template for conversations with tools: a file, or an entry of the list that a file would hide."""
+    path = folder / TOOL_TEMPLATE
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    entry = config.get("chat_template")
+    if not isinstance(entry, list) or (folder / "chat_template.jinja").is_file():
+        return None
+    source = _named_templates(entry).get("tool_use")
+    return source if isinstance(source, str) else None
+
+
+def _named_templates(entry: list[Any]) -> dict[str, Any]:
+    return {str(item.get("name")): item.get("template") for item in entry if isinstance(item, dict)}
 
 
 def _end_ids(folder: Path, eos_id: int | None) -> frozenset[int]:

@@ -76,6 +76,24 @@ def test_tools_and_their_json_are_rendered_as_by_transformers(tmp_path: Path):
     assert '"z": "é<&>", "a": [3, 4.5, null]' in expected
 
 
+def test_the_tool_template_writes_conversations_with_tools_only(tmp_path: Path):
+    plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    marked = "{{ tools | tojson }}{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    listed = [{"name": "default", "template": plain}, {"name": "tool_use", "template": marked}]
+    tokenizer = Tokenizer.load(chat_tokenizer(tmp_path, None, chat_template=listed))
+    template, oracle = ChatTemplate.open("auto", tokenizer), theirs(tmp_path)
+    turns = CONVERSATIONS["one turn"]
+    messages = messages_of(turns, "messages")
+    texts = [template.render(messages, tools) for tools in ((), SCHEMAS)]
+    assert texts == [oracle.apply_chat_template(turns, tools=tools, tokenize=False) for tools in (None, SCHEMAS)]
+    assert template.generation_spans(messages) == []
+    spans = template.generation_spans(messages, SCHEMAS)
+    assert [texts[1][start:end] for start, end in spans] == [turn["content"] for turn in turns]
+    assert template.fingerprint != ChatTemplate(plain, tokenizer).fingerprint
+    (tmp_path / "mine.jinja").write_text("mine")
+    assert ChatTemplate.open(str(tmp_path / "mine.jinja"), tokenizer).render(messages, SCHEMAS) == "mine"
+
+
 BARE = {
     "is none": (
         "{% for m in messages %}{{ m.role }}:{% if m.content is none %}{{ m.tool_calls[0].function.name }}"

@@ -128,3 +128,28 @@ def test_broken_settings_are_named(tmp_path: Path):
         Tokenizer.load(folder)
     with pytest.raises(ValueError, match="there is no folder"):
         Tokenizer.load(tmp_path / "nowhere")
+
+
+LISTED = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
+
+
+def test_a_tool_template_is_the_one_transformers_takes_and_saves_with_the_rest(tmp_path: Path):
+    listed = chat_tokenizer(tmp_path / "listed", None, chat_template=LISTED)
+    hidden = chat_tokenizer(tmp_path / "hidden", "file", chat_template=LISTED)
+    beside = chat_tokenizer(tmp_path / "beside", "file")
+    (beside / "additional_chat_templates").mkdir()
+    (beside / "additional_chat_templates" / "tool_use.jinja").write_text("tool file")
+    expected = {listed: ("plain", "tools"), hidden: ("file", None), beside: ("file", "tool file")}
+    for folder, templates in expected.items():
+        Tokenizer.load(folder).save(folder / "copy")
+        for place in (folder, folder / "copy"):
+            ours, theirs = Tokenizer.load(place), transformers_tokenizer(place)
+            assert (ours.chat_template, ours.tool_template) == templates
+            assert theirs.get_chat_template() == templates[0]
+            assert theirs.get_chat_template(tools=[{}]) == (templates[1] or templates[0])
+        Tokenizer.load(folder).save(folder / "copy", template="mine")
+        assert Tokenizer.load(folder / "copy").tool_template is None
+        assert transformers_tokenizer(folder / "copy").get_chat_template(tools=[{}]) == "mine"
+    before = Tokenizer.load(beside).fingerprint
+    (beside / "additional_chat_templates" / "tool_use.jinja").write_text("another")
+    assert Tokenizer.load(beside).fingerprint != before
