@@ -63,10 +63,11 @@ def sharegpt_messages(turns: Sequence[Any]) -> tuple[Message, ...]:
             raise ValueError(f"{place} has no `value`, only {', '.join(turn)}")
         role = role_of(turn["from"], place)
         content = _content(turn["value"], place)
-        if str(turn["from"]).lower() == "function_call":
-            messages.append(Message(role, "", extra={"tool_calls": _called(content, place)}))
+        weight = _weight(turn, place)
+        if str(turn["from"]).strip().lower() == "function_call":
+            messages.append(Message(role, "", weight, {"tool_calls": _called(content, place)}))
         else:
-            messages.append(Message(role, content, _weight(turn, place)))
+            messages.append(Message(role, content, weight))
     return tuple(messages)
 
 
