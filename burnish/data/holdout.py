@@ -18,18 +18,20 @@ def content_key(example: Reading) -> str:
 
 
 def prompt_key(example: Reading | Prompt) -> str:
-    """A hash of what a row asks: all before its last response, or a text as a whole."""
+    """A hash of what a row asks first: all before its first response, or a text as a whole.
+
+    A conversation of several turns and the pieces of it that other rows may hold, each cut after another response,
+    ask the same, so that no piece of a held-out conversation is trained on.
+    """
     if isinstance(example, Text):
         asked = "".join(piece for piece, trained in example.pieces if not trained)
         return _hash(asked or "".join(piece for piece, _ in example.pieces))
-    messages = (
-        example.messages[: _last_response(example.messages)] if isinstance(example, Example) else example.messages
-    )
-    return _hash(_spoken(messages))
+    return _hash(_spoken(_asked_first(example.messages)))
 
 
 def choose_held_out(examples: Sequence[Reading], fraction: float, seed: int) -> set[int]:
-    """Places of the rows to hold out: about this fraction, decided by a hash of the seed and of what the row asks.
+    """Places of the rows to hold out: about this fraction, decided by a hash of the seed and of what the row asks
+    before its first response.
 
     Rows that ask the same stay on the same side, so that no held-out row has a twin in training. A question with more
     rows than are to be held out stays in training. The order of the rows does not matter.
@@ -57,11 +59,22 @@ def choose_prompts(prompts: Sequence[Prompt], count: int, seed: int) -> list[Pro
     """So many of the prompts, the families of tasks in turn, in an order decided by a hash with the seed."""
     by_task: dict[str, list[Prompt]] = defaultdict(list)
     asked = [prompt for prompt in prompts if prompt.answer != ""]  # a tool call alone is no answer to compare with
-    for prompt in sorted(asked, key=lambda prompt: _hash([seed, prompt_key(prompt)])):
+    for prompt in sorted(asked, key=lambda prompt: _hash([seed, _hash(_spoken(prompt.messages))])):
         by_task[prompt.task or ""].append(prompt)
     queues = [by_task[task] for task in sorted(by_task)]
     rounds = max((len(queue) for queue in queues), default=0)
     return [queue[turn] for turn in range(rounds) for queue in queues if turn < len(queue)][:count]
+
+
+def _asked_first(messages: Sequence[Message]) -> list[Message]:
+    """What comes before the first response; a greeting before the first user turn is none, and asks nothing."""
+    asked: list[Message] = []
+    for message in messages:
+        if message.role != "assistant":
+            asked.append(message)
+        elif any(before.role == "user" for before in asked):
+            break
+    return asked
 
 
 def _last_response(messages: Sequence[Message]) -> int:
