@@ -5,9 +5,10 @@ Imports no torch.
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
+from typing import Any, cast
 
 from burnish.types import Example, Message, Text
 
@@ -45,21 +46,39 @@ def repair(example: Example | Text, exported: bool = False) -> Repaired:
     if isinstance(example, Text):
         return _repair_text(example)
     rules: list[str] = []
-    messages = list(example.messages)
-    for rule, clean in (("broken_unicode", whole_unicode), *([("html_residue", plain_text)] if exported else [])):
-        cleaned = [replace(message, content=clean(message.content)) for message in messages]
+    whole = Example(
+        tuple(replace(m, content=whole_unicode(m.content), extra=_whole(m.extra)) for m in example.messages),
+        _whole(example.tools),
+    )
+    if whole != example:
+        rules.append("broken_unicode")
+    messages = list(whole.messages)
+    if exported:
+        cleaned = [replace(message, content=plain_text(message.content)) for message in messages]
         if cleaned != messages:
-            rules.append(rule)
+            rules.append("html_residue")
             messages = cleaned
     messages, dropped = _repair_turns(messages, rules)
     if dropped:
         return Repaired(None, tuple(rules), dropped)
-    return Repaired(replace(example, messages=tuple(messages)), tuple(rules))
+    return Repaired(replace(whole, messages=tuple(messages)), tuple(rules))
 
 
 def whole_unicode(text: str) -> str:
     """The text with every half of a surrogate pair replaced by U+FFFD."""
     return re.sub(r"[\ud800-\udfff]", "\ufffd", text) if not text.isascii() else text
+
+
+def _whole(value: Any) -> Any:
+    """The same for every text within a value as JSON has them, keys too: tool calls, schemas, reasoning."""
+    if isinstance(value, str):
+        return whole_unicode(value)
+    if isinstance(value, Mapping):
+        return {_whole(key): _whole(item) for key, item in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        items = [_whole(item) for item in cast("Sequence[Any]", value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    return value
 
 
 def plain_text(text: str) -> str:

@@ -66,6 +66,20 @@ def test_a_tool_call_is_no_empty_turn_and_is_not_joined():
     assert repair(Example(turns)).example == Example(turns)
 
 
+def test_halves_of_surrogate_pairs_go_from_tool_calls_reasoning_and_tools_too():
+    def row(mark: str) -> Example:
+        call = {"function": {"name": "f", "arguments": {f"k{mark}": [f"v{mark}", 1, None]}}}
+        extra = {"tool_calls": [call], "reasoning_content": f"so{mark}"}
+        schema = {"type": "function", "function": {"name": "f", "description": f"does{mark}"}}
+        return Example((Message("user", "q"), Message("assistant", "", extra=extra)), (schema,))
+
+    result = repair(row("\ud83d"))
+    assert (result.example, result.rules) == (row("\ufffd"), ("broken_unicode",))
+    tools_only = Example(example("u:q", "a:r").messages, row("\udc00").tools)
+    assert repair(tools_only).rules == ("broken_unicode",)
+    assert repair(row("é")).rules == ()
+
+
 def test_texts():
     assert repair(Text((("a", True),))).example == Text((("a", True),))
     assert repair(Text((("a\udc00", True),))).rules == ("broken_unicode",)
