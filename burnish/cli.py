@@ -3,12 +3,15 @@
 import ast
 import importlib
 import inspect
+import shutil
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 
 import burnish
 from burnish.config import ConfigError, Stopped, fields, nearest_name, parse
@@ -29,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(burnish.__version__)
         return 0
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _stop) if main_thread else None
     try:
         return _run(words)
     except (ConfigError, ValueError, OSError, MemoryError, ImportError, ArithmeticError) as error:
@@ -37,7 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"burnish {words[0]}: {_told(error)}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
-        print(f"burnish {words[0]}: stopped", file=sys.stderr)
+        print(
+            f"burnish {words[0]}: stopped; a run goes on from its last checkpoint with save.resume=true",
+            file=sys.stderr,
+        )
         return 130
     except Stopped as stopped:
         print(f"burnish {words[0]}: {stopped}", file=sys.stderr)
@@ -47,6 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"burnish {words[0]}: {_told(MemoryError())} ({' '.join(str(error).split())})", file=sys.stderr)
         return 1
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _told(error: Exception) -> str:
@@ -112,7 +127,7 @@ def _overview() -> str:
 def _help(name: str, module: ModuleType) -> str:
     actions = f" {'|'.join(module.ACTIONS)}" if hasattr(module, "ACTIONS") else ""
     paragraphs = (inspect.getdoc(module) or "").split("\n\n")
-    lines = ["\n\n".join(textwrap.fill(" ".join(text.split()), 100) for text in paragraphs), ""]
+    lines = ["\n\n".join(textwrap.fill(" ".join(text.split()), _width()) for text in paragraphs), ""]
     lines += [f"usage: burnish {name}{actions} [settings.yaml] key=value ...", ""]
     group = ""
     for key, kind, default, sentence in fields(module.Config):
@@ -120,7 +135,7 @@ def _help(name: str, module: ModuleType) -> str:
             group = key.rpartition(".")[0]
             lines.append("")
         lines.append(f"  {key}={default}")
-        lines.append(textwrap.fill(f"{sentence} [{kind}]", 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        lines.append(textwrap.fill(f"{sentence} [{kind}]", _width(), initial_indent=" " * 6, subsequent_indent=" " * 6))
     lines.append("")
     lines += [_entry(flag, sentence, 11) for flag, sentence in FLAGS.items()]
     return "\n".join(lines)
@@ -128,4 +143,9 @@ def _help(name: str, module: ModuleType) -> str:
 
 def _entry(name: str, sentence: str, width: int) -> str:
     indent = " " * (width + 4)
-    return textwrap.fill(f"  {name:<{width}}  {sentence}", 100, subsequent_indent=indent)
+    return textwrap.fill(f"  {name:<{width}}  {sentence}", _width(), subsequent_indent=indent)
+
+
+def _width() -> int:
+    """Columns of text: the terminal's, but no more than are read with ease."""
+    return min(100, shutil.get_terminal_size((100, 24)).columns)

@@ -259,7 +259,8 @@ def parse(schema: type[S], words: Sequence[str]) -> S:
         if word.endswith((".yaml", ".yml")) and word not in pairs:
             _merge(tree, _read_yaml(Path(word)))
         elif word not in pairs:
-            raise ConfigError(f"'{word}' is neither key=value nor a .yaml file; --help lists the keys")
+            dashes = "leave off the dashes" if word.startswith("--") and "=" in word else "--help lists the keys"
+            raise ConfigError(f"'{word}' is neither key=value nor a .yaml file; {dashes}")
     kinds = {key: kind for key, kind, *_ in fields(schema)}
     for word in pairs:
         key, _, text = word.partition("=")

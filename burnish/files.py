@@ -14,10 +14,13 @@ def written_aside(final: Path) -> Generator[Path]:
     When the work in the `with` block fails, or the process dies, what stood at `final` before is still there untouched
     (a process that dies in the instant of replacing leaves the old folder beside it, named `.old-...`).
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.parent / f".new-{final.name}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+    except OSError as error:
+        raise OSError(f"{final} cannot be made: {error.strerror}") from None
     try:
         yield aside
         for path in sorted(aside.rglob("*")):

@@ -8,10 +8,11 @@ offsets then say which belong to a response.
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any, NamedTuple
 
-from burnish.data.templates import ChatTemplate
+from burnish.data.templates import ChatTemplate, RefusedConversation
 from burnish.data.tokenizer import Tokenizer
 from burnish.types import Example, Message, Text
 from burnish.types import Sequence as Ids
@@ -75,11 +76,13 @@ def end_ids(tokenizer: Tokenizer, template: ChatTemplate) -> frozenset[int]:
 def _encode_text(text: Text, tokenizer: Tokenizer) -> Encoded:
     """Pieces as one text, with the beginning token where this tokenizer has that habit, and the end token after it."""
     ids, offsets = tokenizer.encode_with_offsets("".join(piece for piece, _ in text.pieces))
+    whole = _Tokenised("".join(piece for piece, _ in text.pieces), ids, offsets)
     weights = [0.0] * len(ids)
+    remarks: list[str] = []
     place = 0
     for piece, trained in text.pieces:
         if trained:
-            for k in _tokens_within(offsets, place, place + len(piece)):
+            for k in _tokens_within(whole, place, place + len(piece), remarks):
                 weights[k] = 1.0
         place += len(piece)
     if tokenizer.adds_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
@@ -88,21 +91,24 @@ def _encode_text(text: Text, tokenizer: Tokenizer) -> Encoded:
         ids, weights = [*ids, _end_token(tokenizer)], [*weights, 1.0 if text.pieces and text.pieces[-1][1] else 0.0]
     ends = (ids[-1],) if weights[-1] > 0 else ()
     weights[0] = 0.0  # the first token has nothing before it to be predicted from
-    return Encoded(ids, weights, responses=1, ends=ends)
+    return Encoded(ids, weights, responses=1, ends=ends, remarks=tuple(dict.fromkeys(remarks)))
 
 
 def _encode_conversation(example: Example, tokenizer: Tokenizer, template: ChatTemplate, train_on: str) -> Encoded:
     text = template.render(example.messages, example.tools)
+    if _ignores_calls(example, template, text):
+        raise RefusedConversation(f"the chat template ({template.name}) does not write tool calls")
     ids, offsets = tokenizer.encode_with_offsets(text)
+    whole = _Tokenised(text, ids, offsets)
     weights = [1.0 if train_on == "everything" else 0.0] * len(ids)
     turns = dict(_weighted_turns(example.messages, train_on))
-    spans, remarks = _turn_spans(example, template, text, list(turns))
+    spans, remarks = _turn_spans(example, template, tokenizer, whole, list(turns))
     ends: list[int] = []
     open_end = 0.0  # the weight of the last response, when it ends without an end token
     for turn, weight in turns.items():
-        within = _tokens_within(offsets, *spans[turn])
+        within = _tokens_within(whole, *spans[turn], remarks)
         if example.messages[turn].role == "assistant":
-            within, closed = _close(within, ids, offsets, text, tokenizer)
+            within, closed = _close(within, whole, tokenizer)
             if weight > 0 and closed:
                 ends.append(ids[within[-1]])
             elif turn == len(example.messages) - 1:
@@ -116,7 +122,29 @@ def _encode_conversation(example: Example, tokenizer: Tokenizer, template: ChatT
     if weights:
         weights[0] = 0.0
     responses = sum(weight > 0 and example.messages[turn].role == "assistant" for turn, weight in turns.items())
-    return Encoded(ids, weights, responses, tuple(ends), open_end > 0, remarks)
+    return Encoded(ids, weights, responses, tuple(ends), open_end > 0, tuple(dict.fromkeys(remarks)))
+
+
+class _Tokenised(NamedTuple):
+    """A text, its token ids, and from where to where in it each of them stands."""
+
+    text: str
+    ids: Sequence[int]
+    offsets: Sequence[tuple[int, int]]
+
+
+def _ignores_calls(example: Example, template: ChatTemplate, text: str) -> bool:
+    """Whether a conversation with tool calls reads the same without them: the template passes over them."""
+    if not any(message.extra.get("tool_calls") for message in example.messages):
+        return False
+    without = [
+        replace(message, extra={name: value for name, value in message.extra.items() if name != "tool_calls"})
+        for message in example.messages
+    ]
+    try:
+        return template.render(without, example.tools) == text
+    except ValueError:  # a template that asks for them writes them
+        return False
 
 
 def _weighted_turns(messages: Sequence[Message], train_on: str) -> Iterator[tuple[int, float]]:
@@ -131,50 +159,58 @@ def _weighted_turns(messages: Sequence[Message], train_on: str) -> Iterator[tupl
 
 
 def _turn_spans(
-    example: Example, template: ChatTemplate, text: str, turns: Sequence[int]
-) -> tuple[dict[int, tuple[int, int]], tuple[str, ...]]:
+    example: Example, template: ChatTemplate, tokenizer: Tokenizer, whole: _Tokenised, turns: Sequence[int]
+) -> tuple[dict[int, tuple[int, int]], list[str]]:
     """Where each of these turns stands in the text: by prefixes or, if those do not hold, by the template's marks."""
     try:
         remarks: list[str] = []
-        spans = {turn: _span(example, template, text, turn, remarks) for turn in turns}
-        return spans, tuple(dict.fromkeys(remarks))
+        return {turn: _span(example, template, tokenizer, whole, turn, remarks) for turn in turns}, remarks
     except _Diverges as divergence:
         assistants = [k for k, message in enumerate(example.messages) if message.role == "assistant"]
         marked = template.generation_spans(example.messages, example.tools)
         if len(marked) != len(assistants) or not set(turns) <= set(assistants):
             raise ValueError(str(divergence)) from None
         remark = "the template rewrites earlier turns; responses are found by its own {% generation %} marks"
-        return dict(zip(assistants, marked, strict=True)), (remark,)
+        return dict(zip(assistants, marked, strict=True)), [remark]
 
 
-def _span(example: Example, template: ChatTemplate, text: str, turn: int, remarks: list[str]) -> tuple[int, int]:
+def _span(
+    example: Example,
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    whole: _Tokenised,
+    turn: int,
+    remarks: list[str],
+) -> tuple[int, int]:
     """From and to of one turn in the text of the whole conversation. Raises _Diverges when prefixes do not hold."""
-    before, upto = example.messages[:turn], example.messages[: turn + 1]
-    if turn == len(example.messages) - 1:
-        end = len(text)
-    else:
-        prefix = template.render(upto, example.tools)
-        if not text.startswith(prefix):
-            raise _Diverges(template, turn, prefix, text, len(upto))
-        end = len(prefix)
-    if not before:
+    text = whole.text
+
+    def length(count: int) -> int:
+        """Of the text of the first `count` turns; an end token that only the end of a text has is left out of it."""
+        prefix = template.render(example.messages[:count], example.tools)
+        closing = tokenizer.special.get("eos_token") or ""
+        for found in (prefix, prefix.removesuffix(closing)):
+            if text.startswith(found):
+                return len(found)
+        raise _Diverges(template, turn, prefix, text, count)
+
+    end = len(text) if turn == len(example.messages) - 1 else length(turn + 1)
+    if not turn:
         return 0, end
     if example.messages[turn].role != "assistant":
-        prefix = template.render(before, example.tools)
-        if not text.startswith(prefix):
-            raise _Diverges(template, turn, prefix, text, len(before))
-        return len(prefix), end
-    prompt = template.render(before, example.tools, add_generation_prompt=True)
+        return length(turn), end
+    prompt = template.render(example.messages[:turn], example.tools, add_generation_prompt=True)
     if text.startswith(prompt):
         return len(prompt), end
-    prefix = template.render(before, example.tools)
-    if not text.startswith(prefix):
-        raise _Diverges(template, turn, prefix, text, len(before))
-    # The turn opens like the generation prompt, but not to its end (a `<think>` that only generation prints, say).
-    shared = max(len(prefix), _shared(prompt, text))
+    # The turn opens like the generation prompt, but not to its end (a `<think>` that only generation prints, say):
+    # what the two share is counted in tokens, since a first character in common does not make a token common.
+    before = length(turn)
+    pairs = zip(tokenizer.encode(prompt), whole.ids, strict=False)
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    shared = max(before, whole.offsets[common - 1][1] if common else 0)
     remarks.append(
-        f"generation starts from {prompt[len(prefix) :]!r} but the training text there has only "
-        f"{text[len(prefix) : shared]!r}; what follows that is trained"
+        f"generation starts from {prompt[before:]!r} but the training text there has only "
+        f"{text[before:shared]!r}; what follows that is trained"
     )
     return shared, end
 
@@ -194,11 +230,19 @@ class _Diverges(Exception):
         )
 
 
-def _tokens_within(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
-    """The tokens that stand for characters of start..end and for none outside."""
+def _tokens_within(whole: _Tokenised, start: int, end: int, remarks: list[str]) -> list[int]:
+    """The tokens that stand for characters of start..end and for none outside, but for spaces just before."""
     within: list[int] = []
-    for k in range(bisect_left(offsets, start, key=lambda offset: offset[0]), len(offsets)):
-        a, b = offsets[k]
+    first = bisect_left(whole.offsets, start, key=lambda offset: offset[0])
+    if first and whole.offsets[first - 1][1] > start:  # a token begins before the response and ends in it
+        a, b = whole.offsets[first - 1]
+        if whole.text[a:start].isspace() and b <= end:
+            within.append(first - 1)
+            remarks.append("the first token of the response takes the space before it along, and is trained")
+        else:
+            remarks.append(f"the token {whole.text[a:b]!r} is prompt and response at once, and is not trained")
+    for k in range(first, len(whole.offsets)):
+        a, b = whole.offsets[k]
         if a >= end and b > end:
             break
         if start < b <= end:  # an empty token at the left border belongs to what stands before it
@@ -206,10 +250,9 @@ def _tokens_within(offsets: Sequence[tuple[int, int]], start: int, end: int) -> 
     return within
 
 
-def _close(
-    within: list[int], ids: Sequence[int], offsets: Sequence[tuple[int, int]], text: str, tokenizer: Tokenizer
-) -> tuple[list[int], bool]:
+def _close(within: list[int], whole: _Tokenised, tokenizer: Tokenizer) -> tuple[list[int], bool]:
     """A response's tokens up to its end token, without the line break that may follow; and whether there is one."""
+    text, ids, offsets = whole
     for count in range(len(within), 0, -1):
         k = within[count - 1]
         if ids[k] in tokenizer.special_ids or ids[k] in tokenizer.end_ids:

@@ -123,10 +123,17 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             number = 0
             for batch in table.iter_batches(1024):
                 for row in batch.to_pylist():
-                    yield f"{path}[{number}]", row
+                    yield f"{path}[{number}]", {name: _without_nulls(value) for name, value in row.items()}
                     number += 1
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """A nested value as it was before Parquet gave every object the keys of all the others."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _read_text(path: Path) -> Iterator[Row]:
@@ -162,12 +169,30 @@ def _object(value: Any, origin: str) -> dict[str, Any]:
 
 def _parse(content: bytes, origin: str) -> Any:
     try:
-        return json.loads(content.decode("utf-8").rstrip("\r\n"))
+        return json.loads(content.decode("utf-8").rstrip("\r\n"), object_pairs_hook=_each_key_once)
+    except _Twice as twice:
+        raise ValueError(f"{origin}: the key '{twice}' stands twice; one of its values would be lost") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{origin}: not UTF-8 text ({error.reason} at byte {error.start} of it)") from None
+        if content.startswith(b"\x1f\x8b"):
+            raise ValueError(f"{origin}: this is a gzip file; unpack it first") from None
+        raise ValueError(
+            f"{origin}: not UTF-8 text ({error.reason} at byte {error.start} of it); save it as UTF-8"
+        ) from None
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise ValueError(f"{origin}: not JSON ({error.msg} at {line}column {error.colno})") from None
+
+
+class _Twice(Exception):
+    """A key that a JSON object has twice."""
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(next(name for name in names if names.count(name) > 1))
+    return found
 
 
 def _is_json(content: bytes) -> bool:

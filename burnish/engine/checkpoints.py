@@ -24,7 +24,9 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], s
             (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         kept = newest_checkpoint(folder.parent)
-        stays = f"the last good checkpoint is {kept}" if kept else "there is no earlier checkpoint"
+        stays = "there is no earlier checkpoint: make room, and start anew with another run.folder"
+        if kept:
+            stays = f"the last good checkpoint is {kept}: make room, and go on with save.resume=true"
         raise OSError(f"{folder} could not be written ({error}); {stays}") from None
 
 

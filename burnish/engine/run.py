@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -216,6 +217,7 @@ class Run:
         newest = checkpoints.newest_checkpoint(self._checkpoint_folder)
         if newest is None:  # stopped before its first checkpoint: it goes on from the beginning
             if self.mesh.is_main:
+                tqdm.write(f"{self.folder} holds no checkpoint to go on from: starting anew", file=sys.stderr)
                 (self.folder / "metrics.jsonl").unlink(missing_ok=True)
             return
         tensors, state = checkpoints.load_checkpoint(newest)

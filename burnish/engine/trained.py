@@ -64,23 +64,32 @@ def check_trained(settings: TrainedModelSettings) -> None:
         find_adapter(settings.adapter)
 
 
+def check_base(adapter: Path, base: Path) -> None:
+    """Raises ValueError when an adapter says that it was trained on another base than the one in this folder."""
+    from burnish.model.adapter_files import read_about
+    from burnish.model.checkpoint import base_fingerprint
+
+    if read_about(adapter).get("base_fingerprint") not in (None, base_fingerprint(base)):
+        raise ValueError(
+            f"the adapter in {adapter} was trained on another base than the one in {base}; "
+            "write model.path=DIR_OR_ID of the base it was trained on"
+        )
+
+
 def open_trained(settings: TrainedModelSettings) -> Trained:
     """The model, its tokenizer and its template, on the device, in evaluation mode."""
     import torch
 
     from burnish.engine.assemble import activation_dtype
     from burnish.model.adapter_files import load_adapter, read_about
-    from burnish.model.checkpoint import base_fingerprint, load_model
+    from burnish.model.checkpoint import load_model
 
     check_trained(settings)
     base = find_base(settings)
     folder = find_adapter(settings.adapter) if settings.adapter is not None else None
     about = read_about(folder) if folder else {}
-    if about.get("base_fingerprint") not in (None, base_fingerprint(base)):
-        raise ValueError(
-            f"model.adapter={settings.adapter} was trained on another base than the one in {base}; "
-            "write model.path=DIR_OR_ID of the base it was trained on"
-        )
+    if folder:
+        check_base(folder, base)
     storage = about.get("storage", "bf16") if settings.storage == "auto" else settings.storage
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if settings.device == "auto" else settings.device)

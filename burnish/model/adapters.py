@@ -121,7 +121,8 @@ class DoRA(nn.Module):
     def merge(self, weight: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
         """W', computed and returned in fp32."""
         updated = self.lora.merge(weight)
-        return updated * (self.magnitude.detach() / updated.norm(dim=1)).unsqueeze(1)
+        norms = updated.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny ** 0.5)  # a row of zeros stays one
+        return updated * (self.magnitude.detach() / norms).unsqueeze(1)
 
     def merge_bias(self, bias: Float[Tensor, " O"]) -> Float[Tensor, " O"]:
         """The bias, which is not rescaled."""

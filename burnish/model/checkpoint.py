@@ -76,12 +76,17 @@ def save_model(
     `source` is the folder the model was read from, whose other files are copied. With `adapter` the weights are the
     merged ones. With `bitsandbytes` a model whose storage is nf4 keeps its 4 bits, in the layout of that library, and
     `dtype` is that of everything else and of what the 4 bits are computed with. The folder appears whole or not at all;
-    one tensor at a time is held in memory. Raises ValueError for 4 bits that are not there to be written.
+    one tensor at a time is held in memory. Raises ValueError for 4 bits that are not there to be written, and for an
+    adapter on a head that is tied to the embedding.
     """
     raw = {key: value for key, value in text_config(read_json(source)).items() if key != "quantization_config"}
     raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = str(dtype).removeprefix("torch.")
     if bitsandbytes:
         raw["quantization_config"] = _quantization(model, adapter, dtype)
+    if adapter is not None and model.config.tied and adapter in model.lm_head.adapters:
+        raise ValueError(
+            f"{folder}: the head is the embedding matrix itself; merged, an adapter on it would change both"
+        )
     with written_aside(folder) as aside:
         (aside / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         copy_tokenizer(source, aside, "generation_config.json")
@@ -92,6 +97,7 @@ def copy_tokenizer(source: Path, folder: Path, *others: str) -> None:
     """Copies the tokenizer's files, its chat template and files of these other names, where the source has them."""
     for name in (*_TOKENIZER_FILES, *others):
         if (source / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, folder / name)
 
 
@@ -267,4 +273,5 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
 )

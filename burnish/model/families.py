@@ -299,7 +299,8 @@ def _rope(raw: Config) -> Rope:
         supported = ", ".join(_ROPES)
         raise ValueError(f"rope type {kind} is not supported for {raw['architectures'][0]}; supported are {supported}")
     theta = float(given.get("rope_theta", raw.get("rope_theta", 10000.0)))
-    share = float(given.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)))
+    partial = raw["architectures"][0].startswith("Phi3")  # transformers reads the factor for no other of our families
+    share = float(given.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))) if partial else 1.0
     trained = raw.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
     given["original_max_position_embeddings"] = trained or raw.get("max_position_embeddings", 2048)
     given["theta"], given["max_position_embeddings"] = theta, raw.get("max_position_embeddings", 2048)

@@ -43,6 +43,8 @@ def open_weights(folder: Path) -> "Generator[WeightFiles]":
             try:
                 files[path] = stack.enter_context(cast(Any, safe_open(path, framework="pt")))
             except FileNotFoundError:
+                if path.exists():
+                    raise ValueError(f"{path}: no permission to read it") from None
                 raise ValueError(f"{path}: the index names this file, but it is not there; copy it too") from None
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path}: damaged or cut short ({error}); copy the file again") from None

@@ -4,15 +4,16 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from burnish.data.packing import collate
 from burnish.files import written_aside
-from burnish.model.adapter_files import fill_adapter, load_adapter, read_adapter
+from burnish.model.adapter_files import WEIGHTS_FILE, fill_adapter, load_adapter, read_adapter
 from burnish.model.adapters import ADAPTERS, HEAD, Adapter
 from burnish.model.checkpoint import copy_tokenizer, load_model, weight_shapes
 from burnish.model.families import read_config, read_json
@@ -88,6 +89,11 @@ class _Merger:
         del self.matrices["model.embed_tokens"]
         self.dtype = files.header(files.name_of("model.embed_tokens.weight"))[1]
         self.quantised = any(files.is_nf4(name) for name in files.where)
+        if "lm_head" not in self.matrices and _adapts_head(adapter):
+            raise ValueError(
+                f"{adapter}: it changes lm_head, which in {files.folder} is the embedding matrix itself: merged, it "
+                "would change what goes in as well; use it unmerged"
+            )
         self.spec, self.parts = read_adapter(adapter, self.matrices)
 
     def entries(self) -> dict[str, list[Entry]]:
@@ -152,3 +158,12 @@ def _logits(folder: Path, storage: str, batch: Batch, adapter: Path | None = Non
         return model.logits(batch)
     load_adapter(model, adapter, "beside")
     return model.logits(batch, "beside")
+
+
+def _adapts_head(adapter: Path) -> bool:
+    """Whether an adapter folder has weights for the head."""
+    try:
+        with cast(Any, safe_open(adapter / WEIGHTS_FILE, framework="pt")) as file:
+            return any("lm_head." in name for name in list(file.keys()))
+    except (OSError, SafetensorError):
+        return False  # what is missing or damaged is said by who reads it

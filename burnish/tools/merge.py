@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from burnish.config import Settings, TrainedModelSettings
-from burnish.engine.trained import check_trained, find_adapter, find_base
+from burnish.engine.trained import check_base, check_trained, find_adapter, find_base
 
 
 class Config(Settings):
@@ -28,6 +28,7 @@ def main(config: Config, as_json: bool) -> None:
 
     from burnish.serve.merge import merge
 
+    check_base(find_adapter(config.model.adapter), find_base(config.model))
     report = merge(find_base(config.model), find_adapter(config.model.adapter), config.out, onto=config.onto)
     if as_json:
         print(json.dumps(report))

@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from burnish.data.chat import encode, encode_row, end_ids, prompt_ids
-from burnish.data.templates import ChatTemplate
+from burnish.data.templates import ChatTemplate, RefusedConversation
 from burnish.data.tokenizer import Tokenizer
 from burnish.data.turns import messages_of
-from burnish.types import Example, Text
+from burnish.types import Example, Message, Text
 from tests.unit.data.families import (
     ALL,
     CHATML,
@@ -161,11 +161,45 @@ def test_marks_stand_in_where_prefixes_do_not_hold(tmp_path: Path):
     assert any("generation %} marks" in remark for remark in encoded.remarks)
 
 
-def test_a_template_whose_ending_changes_is_refused_where_it_matters(tmp_path: Path):
+def test_an_end_token_after_the_whole_text_alone_is_no_obstacle(tmp_path: Path):
     tokenizer, template = opened(tmp_path, unmarked(PHI_3))
-    with pytest.raises(ValueError, match=r"cannot be found.*</s>"):
-        encode(example(TWO), tokenizer, template, "all_assistant", row=0)
+    trained = trained_text(TWO, tokenizer, template, "all_assistant")
+    assert trained == "3 plus 4 is 7.<|end|>on the mat. 🙂<|end|>\n</s>"
     assert trained_text(TWO, tokenizer, template, "last_assistant") == "on the mat. 🙂<|end|>\n</s>"
+
+
+def test_a_template_whose_ending_changes_is_refused_where_it_matters(tmp_path: Path):
+    source = (
+        "{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% else %}THE END{% endif %}"
+    )
+    tokenizer, template = opened(tmp_path, source)
+    with pytest.raises(ValueError, match=r"cannot be found.*THE END"):
+        encode(example(TWO), tokenizer, template, "all_assistant", row=0)
+
+
+def test_a_tool_call_that_the_template_does_not_write_is_refused(tmp_path: Path):
+    call = {"tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]}
+    asked = Example((Message("user", "What is the weather?"), Message("assistant", "", extra=call)))
+    tokenizer, template = opened(tmp_path, NO_END)
+    with pytest.raises(RefusedConversation, match="does not write tool calls"):
+        encode(asked, tokenizer, template, "all_assistant")
+
+
+def test_a_first_token_that_takes_the_space_before_it_along_is_trained(tmp_path: Path):
+    source = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer, template = opened(tmp_path, source)
+    encoded = encode_row(example(ONE), tokenizer, template, "all_assistant")
+    trained = [i for i, weight in zip(encoded.ids, encoded.weights, strict=True) if weight]
+    answer = next(message.content for message in example(ONE).messages if message.role == "assistant")
+    assert tokenizer.decode(trained, keep_special=True).strip() == f"{answer}</s>"
+    assert any("space before it" in remark for remark in encoded.remarks)
+    pieces = encode_row(Text((("The cat sat on the ", False), ("mat", True))), tokenizer, template, "all_assistant")
+    trained = [i for i, weight in zip(pieces.ids, pieces.weights, strict=True) if weight]
+    assert tokenizer.decode(trained).strip() == "mat"
 
 
 NO_END = (

@@ -120,6 +120,8 @@ def test_an_adapter_is_not_put_on_another_base(capsys, run, tmp_path):
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     words = [f"model.path={other}", f"model.adapter={run}", "prompt=Spell cat."]
     assert "was trained on another base" in complaint(capsys, "generate", *words)
+    assert "was trained on another base" in complaint(capsys, "merge", *words[:2], f"out={tmp_path / 'merged'}")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_an_adapter_is_asked_on_the_storage_it_was_trained_on(capsys, tmp_path):

@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 
@@ -128,3 +129,18 @@ def test_the_digest_follows_the_bytes(tmp_path: Path):
     assert digest(path, "train") == first
     write(tmp_path / "a.jsonl", '{"text": "b"}\n')
     assert digest(path, "train") != first
+
+
+def test_nested_values_of_parquet_have_no_keys_of_other_rows(tmp_path: Path):
+    rows = [{"a": {"city": "x"}, "b": [{"n": 1}], "c": None}, {"a": {"stock": "y"}, "b": [{"m": 2}], "c": "z"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert [row for _, row in read_rows(str(tmp_path / "rows.parquet"), "train", None)] == rows
+
+
+def test_a_key_that_stands_twice_and_a_packed_file_are_named(tmp_path: Path):
+    path = write(tmp_path / "twice.jsonl", '{"text": "a"}\n{"text": "a", "text": "b"}\n')
+    with pytest.raises(ValueError, match=r"twice\.jsonl:2: the key 'text' stands twice"):
+        list(read_rows(path, "train", None))
+    packed = write(tmp_path / "packed.jsonl", gzip.compress(b'{"text": "a"}\n'))
+    with pytest.raises(ValueError, match="this is a gzip file; unpack it first"):
+        list(read_rows(packed, "train", None))

@@ -234,3 +234,14 @@ def test_a_run_is_continued_under_any_name_of_its_folder(words, tmp_path, monkey
     assert main([*words, f"run.folder={tmp_path}/./moved/", "save.resume=true"]) == 0
     assert [line["step"] for line in lines(tmp_path / "moved")] == [1, 2, 3, 4, 5, 6]
     assert "resume: false" in (tmp_path / "moved" / "config.yaml").read_text()
+
+
+def test_a_signal_outside_the_steps_is_answered_in_one_line(words, monkeypatch, capsys):
+    def verdict(self):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("burnish.evaluate.judge.Judge.verdict", verdict)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(words) == 130
+    assert "save.resume=true" in capsys.readouterr().err.splitlines()[-1]
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -191,3 +191,14 @@ def test_a_taken_name_an_unknown_kind_and_a_rank_of_zero_are_refused() -> None:
         add_adapter(model, "other", AdapterSpec(rank_pattern={"q_proj": 0}))
     with pytest.raises(ValueError, match=r"adapter\.rank=16 is more than a layer of 6 x 10 can use"):
         add_adapter(model, "other", AdapterSpec(rank=16))
+
+
+def test_dora_merges_a_row_of_zeros_to_zeros() -> None:
+    weight = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    linear = Linear(STORAGES["fp32"].encode(weight))
+    model = nn.ModuleDict({"q_proj": linear})
+    add_adapter(model, "policy", AdapterSpec("dora", rank=2))
+    merged = linear.adapters["policy"].merge(weight)
+    assert torch.isfinite(merged).all()
+    assert not merged[3].any()

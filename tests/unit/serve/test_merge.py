@@ -198,3 +198,15 @@ def test_the_comparison_of_logits_is_that_of_its_definition() -> None:
     assert result["mean_abs_logit_error"] == pytest.approx((0 + 0.5 + 2 + 1) / 4)
     assert result["same_argmax"] == 0.5
     assert result["kl"] == pytest.approx(float((p * (p / q).log()).sum(1).mean()), abs=1e-6)
+
+
+def test_an_adapter_on_a_tied_head_is_not_merged(tmp_path: Path) -> None:
+    base = tiny_folder(tmp_path / "base", tie_word_embeddings=True)
+    model = load_model(base, "fp32")
+    add_adapter(model, "policy", AdapterSpec(rank=2, targets=("lm_head",)))
+    save_adapter(model, "policy", tmp_path / "adapter", str(base))
+    with pytest.raises(ValueError, match="is the embedding matrix itself"):
+        merge(base, tmp_path / "adapter", tmp_path / "merged")
+    with pytest.raises(ValueError, match="is the embedding matrix itself"):
+        save_model(model, tmp_path / "merged", base, adapter="policy")
+    assert not (tmp_path / "merged").exists()
