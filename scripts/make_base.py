@@ -2,7 +2,7 @@
 
     python scripts/make_base.py                          # everything, in runs/base; minutes on a GPU, a day on a CPU
     python scripts/make_base.py install=true             # and put the result into burnish/assets/base
-    python scripts/make_base.py documents=300 epochs=1 out=/tmp/base    # does it work here?
+    python scripts/make_base.py documents=300 epochs=1 out=runs/try    # does it work here?
 
 Everything follows from the seed: the same command writes the same corpus and tokenizer, and trains the same model as
 far as the device computes the same sums. Afterwards it asks the base the held-out questions twice: as exercises in
