@@ -2,6 +2,8 @@
 
 import functools
 import json
+import multiprocessing
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,20 @@ def tiny_folder(path: Path, architecture: str = "LlamaForCausalLM", seed: int = 
     model.save_pretrained(path)
     tiny_tokenizer(path)
     return path
+
+
+def tiny_data(path: Path, count: int = 60) -> Path:
+    """A JSONL file of so many short instruction rows, no two alike."""
+    rows = [{"instruction": f"say {i} plus {i * i}", "output": "ab " * (i % 7) + "end"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def forkserver() -> ForkServerContext:
+    """A server of processes that has loaded torch once: a clean process for a run takes milliseconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["burnish.recipes.sft", "burnish.engine.run", "burnish.evaluate.judge"])
+    return context
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:

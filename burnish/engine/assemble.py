@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from burnish.config import AdapterSettings, ModelSettings, OptimSettings, RunSettings, TrainingSettings
 from burnish.data.templates import ChatTemplate
@@ -49,6 +50,11 @@ def open_model(
     return decoder, name
 
 
+def trained_parameters(decoder: Decoder, adapter: str | None) -> dict[str, nn.Parameter]:
+    """What training changes: the adapter's weights, or all weights when there is no adapter."""
+    return adapter_parameters(decoder, adapter) if adapter else dict(decoder.named_parameters())
+
+
 def save_trained(
     learner: Learner,
     decoder: Decoder,
@@ -69,7 +75,7 @@ def save_trained(
             return
         here = Mesh(torch.device("cpu"))
         decoder, name = open_model(base, settings.model, settings.adapter, settings.run, here)
-        for key, parameter in (adapter_parameters(decoder, name) if name else dict(decoder.named_parameters())).items():
+        for key, parameter in trained_parameters(decoder, name).items():
             parameter.data.copy_(trained[key])
     if full:
         dtype = torch.float32 if settings.save.dtype == "fp32" else torch.bfloat16
@@ -89,7 +95,7 @@ def save_trained(
 def open_learner(decoder: Decoder, adapter: str | None, optim: OptimSettings, steps: int, mesh: Mesh) -> Learner:
     """A learner over the adapter's weights, or over all weights when there is no adapter."""
     assert optim.lr is not None
-    parameters = adapter_parameters(decoder, adapter) if adapter else dict(decoder.named_parameters())
+    parameters = trained_parameters(decoder, adapter)
     optimizer = adamw(parameters, optim.lr, (optim.beta1, optim.beta2), optim.eps, optim.weight_decay)
     peak, shape, warmup, decay = optim.lr, optim.schedule, optim.warmup, optim.decay
     return Learner(

@@ -23,11 +23,7 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], s
                 save_file(whole, aside / f"{group}.safetensors")
             (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        kept = newest_checkpoint(folder.parent)
-        stays = "there is no earlier checkpoint: make room, and start anew with another run.folder"
-        if kept:
-            stays = f"the last good checkpoint is {kept}: make room, and go on with save.resume=true"
-        raise OSError(f"{folder} could not be written ({error}); {stays}") from None
+        raise OSError(f"{folder} could not be written ({error}); {what_stays(folder.parent)}") from None
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -45,6 +41,14 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
 def newest_checkpoint(parent: Path) -> Path | None:
     """The checkpoint of the latest step in a folder of checkpoints, or None."""
     return max(parent.glob("step-*"), default=None)
+
+
+def what_stays(parent: Path) -> str:
+    """What a run that cannot write is left with, and how it goes on, for its message."""
+    kept = newest_checkpoint(parent)
+    if kept is None:
+        return "there is no earlier checkpoint: make room, and start anew with another run.folder"
+    return f"the last good checkpoint is {kept}: make room, and go on with save.resume=true"
 
 
 def prune(parent: Path, keep: int) -> None:

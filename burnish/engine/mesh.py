@@ -66,10 +66,15 @@ class Mesh:
         return self.rank == 0
 
 
+def device_kind(name: str) -> str:
+    """The kind of device that a setting stands for: `auto` is cuda where there is one."""
+    return name if name != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @contextmanager
 def open_mesh(device: str) -> Generator[Mesh]:
     """The mesh of this process: a single one, or one of those that torchrun started (gloo on the CPU, NCCL on CUDA)."""
-    name = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    name = device_kind(device)
     world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     place = torch.device("cuda", local) if name == "cuda" else torch.device("cpu")
     if name == "cuda":

@@ -37,7 +37,8 @@ class Run:
     def __init__(
         self, config: TrainingSettings, learner: Learner, model: nn.Module, total_steps: int, data_fingerprint: str
     ) -> None:
-        self.folder, self.save, self.config_yaml = Path(config.run.folder), config.save, to_yaml(config)
+        anew = config.model_copy(update={"save": config.save.model_copy(update={"resume": False})})
+        self.folder, self.save, self.config_yaml = Path(config.run.folder), config.save, to_yaml(anew)
         self.learner, self.model, self.mesh, self.total_steps = learner, model, learner.mesh, total_steps
         self.data_fingerprint = f"{data_fingerprint} over {self.mesh.world} ranks"
         self.step, self.num_tokens, self.seconds, self.peak_bytes = 0, 0.0, 0.0, 0
@@ -57,7 +58,7 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise OSError(f"run.folder={self.folder} cannot be made: {error.strerror}") from None
-            self._write_text("config.yaml", self.config_yaml.replace("  resume: true\n", "  resume: false\n"))
+            self._write_text("config.yaml", self.config_yaml)
             self.write_json("environment.json", environment(self.mesh.device, self.mesh.world))
         if self.save.resume:
             self._restore()
@@ -130,9 +131,8 @@ class Run:
                 self.metrics_file.write(json.dumps({"step": self.step + 1, **metrics}) + "\n")
                 self.metrics_file.flush()
             except OSError as error:
-                kept = checkpoints.newest_checkpoint(self._checkpoint_folder)
-                good = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
-                raise OSError(f"{self.metrics_file.name} could not be written ({error.strerror}); {good}") from None
+                stays = checkpoints.what_stays(self._checkpoint_folder)
+                raise OSError(f"{self.metrics_file.name} could not be written ({error.strerror}); {stays}") from None
         for tracker in self.trackers:
             tracker.log(self.step + 1, metrics)
 

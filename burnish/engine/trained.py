@@ -77,22 +77,21 @@ def check_base(adapter: Path, base: Path) -> None:
 
 
 def open_trained(settings: TrainedModelSettings) -> Trained:
-    """The model, its tokenizer and its template, on the device, in evaluation mode."""
+    """The model, its tokenizer and its template, on the device, in evaluation mode; `check_trained` comes before."""
     import torch
 
     from burnish.engine.assemble import activation_dtype
+    from burnish.engine.mesh import device_kind
     from burnish.model.adapter_files import load_adapter, read_about
     from burnish.model.checkpoint import load_model
 
-    check_trained(settings)
     base = find_base(settings)
     folder = find_adapter(settings.adapter) if settings.adapter is not None else None
     about = read_about(folder) if folder else {}
     if folder:
         check_base(folder, base)
     storage = about.get("storage", "bf16") if settings.storage == "auto" else settings.storage
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if settings.device == "auto" else settings.device)
+    device = torch.device(device_kind(settings.device))
     dtype, double_quant = activation_dtype(settings.dtype, device), about.get("double_quant", True)
     decoder = load_model(base, storage, device, dtype, double_quant).eval()
     adapter, words = None, base

@@ -76,11 +76,11 @@ def _training() -> str:
 
     from burnish.data.packing import collate
     from burnish.engine.assemble import open_model
-    from burnish.engine.mesh import Mesh
+    from burnish.engine.mesh import Mesh, device_kind
     from burnish.model.families import find_model
     from burnish.types import Sequence
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device_kind("auto"))
     batch = collate([Sequence(tuple(range(5, 25)), (1.0,) * 20, 0)]).to(device)
     for storage in ("full", "bf16", "nf4"):
         settings = build(TrainingSettings, {"model": {"storage": storage}, "run": {"compile": "off"}})

@@ -11,7 +11,7 @@ from burnish.engine.assemble import open_learner, open_model
 from burnish.engine.mesh import Mesh
 from burnish.losses.likelihood import cross_entropy
 from burnish.model.checkpoint import load_model
-from tests.tiny import tiny_batch, tiny_folder
+from tests.tiny import tiny_batch, tiny_data, tiny_folder
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,8 +67,7 @@ def test_compiled_equals_eager(tmp_path, storage, checkpointing):
 
 def test_a_qlora_run_from_end_to_end(tmp_path):
     folder = tiny_folder(tmp_path / "model", **SHAPE)
-    rows = [{"instruction": f"say {i} plus {i * i}", "output": "ab " * (i % 7) + "end"} for i in range(200)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny_data(tmp_path / "data.jsonl", 200)
     words = [f"model.path={folder}", f"data.path={tmp_path / 'data.jsonl'}", f"run.folder={tmp_path / 'run'}"]
     words += [
         "model.storage=nf4",

@@ -1,7 +1,6 @@
 """A run killed anywhere and continued equals the uninterrupted run, bit for bit."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -12,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import tiny_folder
+from tests.tiny import forkserver, tiny_data, tiny_folder
 
 STEPS = 9
 TIMES = ("seconds", "tokens_per_second", "memory_bytes")
@@ -48,17 +47,14 @@ def train(words: list[str], kill_in: str | None = None, at_call: int = 0) -> Non
 @pytest.fixture(scope="module")
 def processes():
     """A server that has loaded torch once and forks a clean process for each run."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["burnish.recipes.sft", "burnish.engine.run", "burnish.evaluate.judge"])
-    return context
+    return forkserver()
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
     tiny_folder(folder / "model")
-    rows = [{"instruction": f"say {i} plus {i * i}", "output": "ab " * (i % 7) + "end"} for i in range(60)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny_data(folder / "data.jsonl")
     return folder
 
 

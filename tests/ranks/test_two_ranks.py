@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import tiny_folder
+from tests.tiny import forkserver, tiny_data, tiny_folder
 
 METHODS = {
     "full": ["model.storage=full"],
@@ -31,8 +31,7 @@ def train(words: list[str], rank: int, world: int, port: int) -> None:
 
 
 def start(words: list[str], world: int) -> list[multiprocessing.Process]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["burnish.recipes.sft", "burnish.engine.run", "burnish.evaluate.judge"])
+    context = forkserver()
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -56,8 +55,7 @@ def run(words: list[str], world: int) -> None:
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     tiny_folder(folder / "model")
-    rows = [{"instruction": f"say {i} plus {i * i}", "output": "ab " * (i % 7) + "end"} for i in range(60)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny_data(folder / "data.jsonl")
     return folder
 
 

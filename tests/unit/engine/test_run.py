@@ -19,7 +19,7 @@ from burnish.engine.learner import Learner
 from burnish.evaluate.likelihood import held_out_loss
 from burnish.model.checkpoint import load_model
 from burnish.types import Sequence
-from tests.tiny import tiny_folder
+from tests.tiny import tiny_data, tiny_folder
 
 TIMES = ("seconds", "tokens_per_second", "memory_bytes")
 
@@ -29,8 +29,7 @@ def words(tmp_path, monkeypatch):
     """A small run, as the words of its command line."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     tiny_folder(tmp_path / "model")
-    rows = [{"instruction": f"say {i} plus {i * i}", "output": "ab " * (i % 7) + "end"} for i in range(60)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny_data(tmp_path / "data.jsonl")
     shared = [f"model.path={tmp_path / 'model'}", f"data.path={tmp_path / 'data.jsonl'}", "data.max_length=128"]
     shared += [f"run.folder={tmp_path / 'run'}", "run.steps=6", "run.step_tokens=128", "run.microbatch_tokens=128"]
     return ["sft", *shared, "run.device=cpu", "save.every=2", "save.trackers=[]", "optim.lr=0.01"]
