@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 
-from burnish.config import AdapterSettings, ModelSettings, OptimSettings, RunSettings
 from burnish.data.packing import collate
 from burnish.engine.assemble import open_learner, open_model
 from burnish.engine.mesh import Mesh
 from burnish.losses.likelihood import cross_entropy
 from burnish.model.adapters import ADAPTERS
 from burnish.model.storage import STORAGES
+from burnish.settings import AdapterSettings, ModelSettings, OptimSettings, RunSettings
 from burnish.types import Batch, Sequence
 
 RESULTS = Path(__file__).with_name("results.csv")

@@ -10,8 +10,8 @@ The legend of shape letters, the same in every file:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 if TYPE_CHECKING:
     import torch
@@ -61,11 +61,25 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Two answers to one prompt, the better one first."""
+    """Answers to one prompt, and which of them are better than which."""
 
     prompt: tuple[Message, ...]
-    chosen: tuple[Message, ...]
-    rejected: tuple[Message, ...]
+    answers: tuple[tuple[Message, ...], ...]
+    ranks: tuple[int, ...]
+    """The place of each answer, 0 for the best; equal places say nothing about each other."""
+    margin: float = 0.0
+    """By how much the better answer's reward should exceed the other's."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One answer to a prompt, and whether it is wanted: what KTO learns from."""
+
+    prompt: tuple[Message, ...]
+    answer: tuple[Message, ...]
+    wanted: bool
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +93,35 @@ class Sequence:
 
     def __post_init__(self) -> None:
         assert len(self.ids) == len(self.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Sequences that one step sees together: the answers to one prompt, prompt included in each."""
+
+    sequences: tuple[Sequence, ...]
+    pairs: tuple[tuple[int, int, float], ...] = ()
+    """(better, worse, margin), by place in `sequences`; together they weigh as much as one pair."""
+    labels: tuple[int, ...] = ()
+    """For KTO, one for each sequence: 1 wanted, -1 unwanted, 0 for an answer to another prompt, which only the estimate
+    of the KL divergence reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """An answer that the policy wrote, and what it was worth."""
+
+    prompt: Prompt
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    """What was written, the end token included where there is one."""
+    answer: str
+    ended: bool
+    """Whether it ended by itself: with an end token or a stop string, not at the length limit."""
+    group: int
+    """Which prompt of the step it answers; the answers of a group are compared with each other."""
+    score: float | None = None
+    """What the reward source gave; None where it failed, and the sample counts for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +148,42 @@ class Batch:
     """The sum of weights, known on the host so that counting costs no device synchronisation."""
     rows: tuple[int, ...] = ()
     """The data row of each sequence, for messages."""
+    prefixes: tuple[tuple[int, int], ...] = ()
+    """(start, length) of the tokens that each sequence reads before its own: a prompt that stands in the batch once, as
+    the beginning of another sequence. Length 0: the sequence is whole. Empty: all are. `positions` count them."""
 
-    def to(self, device: "torch.device | str") -> "Batch":
+    def to(self, device: "torch.device | str") -> Self:
         """The same batch on another device."""
-        names = ("tokens", "targets", "weights", "positions", "sequence", "starts", "scored")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {k: v.to(device, non_blocking=True) for k, v in columns.items() if hasattr(v, "to")}
         return replace(self, **moved)
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceBatch(Batch):
+    """A batch of whole comparisons."""
+
+    chosen: "Int[Tensor, ' P']" = field(kw_only=True)
+    """The better sequence of each pair, by its number in the batch."""
+    rejected: "Int[Tensor, ' P']" = field(kw_only=True)
+    margins: "Float[Tensor, ' P']" = field(kw_only=True)
+    pair_weights: "Float[Tensor, ' P']" = field(kw_only=True)
+    """1 / the number of pairs of its comparison: each comparison weighs 1, however many answers it ranks."""
+    labels: "Int[Tensor, ' S']" = field(kw_only=True)
+    """`Comparison.labels`, 0 where there are none."""
+    num_pairs: float = field(kw_only=True)
+    """The sum of pair_weights: comparisons that have pairs."""
+    num_labels: int = field(kw_only=True)
+    """Sequences that are labelled wanted or unwanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutBatch(Batch):
+    """A batch of rollouts with what the update needs at each position; 0 where the weight is 0."""
+
+    old_log_probs: "Float[Tensor, ' T']" = field(kw_only=True)
+    """Of the policy that wrote the answers."""
+    reference_log_probs: "Float[Tensor, ' T']" = field(kw_only=True)
+    advantages: "Float[Tensor, ' T']" = field(kw_only=True)
+    returns: "Float[Tensor, ' T']" = field(kw_only=True)
+    old_values: "Float[Tensor, ' T']" = field(kw_only=True)

@@ -9,7 +9,7 @@ FILE_LINES, FUNCTION_LINES, P90_FUNCTION_LINES, ARGUMENTS = 400, 80, 40, 8
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py", "base.py", "misc.py"}
 RECIPE_FORBIDDEN = (".backward(", "optimizer.step(", "all_reduce", "clip_grad")
 METHODS = {"sft", "dpo", "ppo", "grpo", "rloo", "reinforce", "reward"}
-TORCH_FREE = {"config.py", "cli.py", "families.py", "preflight.py", "formats.py"}
+TORCH_FREE = {"config.py", "settings.py", "cli.py", "families.py", "preflight.py", "formats.py"}
 LOSSES_MAY_IMPORT = ("burnish.ops.sequences", "burnish.types")
 
 

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 
 import numpy
 
-from burnish.config import DataSettings
 from burnish.data.audit import Tally
 from burnish.data.chat import Encoded, encode_row
 from burnish.data.corpus import Corpus
 from burnish.data.reading import Source
 from burnish.data.templates import ChatTemplate, RefusedConversation
 from burnish.data.tokenizer import Tokenizer
+from burnish.settings import DataSettings
 from burnish.types import Example
 
 Progress = Callable[[int], None]

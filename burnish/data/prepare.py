@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from burnish.config import DataSettings, EvaluateSettings
 from burnish.data import cache as stored_data
 from burnish.data.audit import PLAIN, Audit, Finding, HeldOut, Tally, measure, total
 from burnish.data.corpus import Corpus
@@ -20,6 +19,7 @@ from burnish.data.reading import Source, is_remote, joined, read_sources
 from burnish.data.reading import check_data as check_data  # part of this module's interface
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
+from burnish.settings import DataSettings, EvaluateSettings
 from burnish.types import Example, Prompt, Text
 
 EMBEDDED_HELD_OUT = ("held_out_seen", "held_out_unseen")

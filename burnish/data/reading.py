@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from burnish.config import DataSettings
 from burnish.data.audit import Tally
 from burnish.data.files import EMBEDDED, READERS, Row, read_rows
 from burnish.data.formats import FORMATS, Reading, announce, check_format, disagreement, recognise, task_of
 from burnish.data.hub import is_hub_id
 from burnish.data.repair import repair
+from burnish.settings import DataSettings
 from burnish.types import Example, Prompt, Text
 
 SAMPLE = 100

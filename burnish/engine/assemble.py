@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from burnish.config import AdapterSettings, ModelSettings, OptimSettings, RunSettings, TrainingSettings
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
 from burnish.engine.learner import Learner
@@ -16,6 +15,7 @@ from burnish.model.checkpoint import base_fingerprint, init_model, load_model, s
 from burnish.model.decoder import Decoder
 from burnish.optim.adamw import adamw
 from burnish.optim.schedule import multiplier
+from burnish.settings import AdapterSettings, ModelSettings, OptimSettings, RunSettings, TrainingSettings
 
 POLICY = "policy"
 """The name of the adapter in training."""

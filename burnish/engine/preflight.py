@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
-from burnish.config import TrainingSettings, to_yaml
+from burnish.config import to_yaml
 from burnish.data.prepare import check_data
 from burnish.engine.trackers import check_trackers
 from burnish.model.families import find_model, read_config
+from burnish.settings import TrainingSettings
 
 
 def preflight(config: TrainingSettings) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from burnish.config import Stopped, TrainingSettings, to_yaml
+from burnish.config import Stopped, to_yaml
 from burnish.engine import checkpoints
 from burnish.engine.environment import environment
 from burnish.engine.learner import Learner, NonFinite
@@ -23,6 +23,7 @@ from burnish.engine.memory import Peak, in_use, measured_peak
 from burnish.engine.mesh import laid_like
 from burnish.engine.trackers import Tracker, open_trackers
 from burnish.optim.adamw import optimizer_tensors, restore_optimizer
+from burnish.settings import TrainingSettings
 
 
 class Run:

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from burnish.config import TrainedModelSettings
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer, read_json
 from burnish.engine.preflight import check_device
 from burnish.model.families import find_model, read_config
+from burnish.settings import TrainedModelSettings
 
 if TYPE_CHECKING:
     from burnish.model.decoder import Decoder

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from burnish import world
-from burnish.config import EvaluateSettings
 from burnish.data.chat import encode
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
 from burnish.evaluate.likelihood import held_out_loss
 from burnish.evaluate.tasks import accuracy, accuracy_by_task, answer_prompts, exact_match
 from burnish.model.decoder import Decoder
+from burnish.settings import EvaluateSettings
 from burnish.types import Prompt, Text
 from burnish.types import Sequence as TokenSequence
 

@@ -4,7 +4,6 @@ with full weights, or with an adapter on a frozen base: LoRA, and with model.sto
 import math
 from typing import Any
 
-from burnish.config import TrainingSettings
 from burnish.data.prepare import prepare
 from burnish.data.stream import Stream
 from burnish.data.templates import ChatTemplate
@@ -12,6 +11,7 @@ from burnish.data.tokenizer import Tokenizer
 from burnish.engine.preflight import check_positions, preflight
 from burnish.engine.progress import progress_bar
 from burnish.model.families import find_model
+from burnish.settings import TrainingSettings
 from burnish.types import Batch
 
 

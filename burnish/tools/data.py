@@ -9,11 +9,12 @@ from typing import Any
 
 from pydantic import Field
 
-from burnish.config import DataSettings, EvaluateSettings, ModelSettings, Settings
+from burnish.config import Settings
 from burnish.data.prepare import Prepared, check_data, prepare
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
 from burnish.model.families import find_model
+from burnish.settings import DataSettings, EvaluateSettings, ModelSettings
 from burnish.types import Sequence
 
 ACTIONS = ("audit", "preview")

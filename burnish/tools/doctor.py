@@ -8,8 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from burnish.config import Settings, TrainingSettings, build
+from burnish.config import Settings, build
 from burnish.engine.preflight import cuda_device_count
+from burnish.settings import TrainingSettings
 
 
 class Config(Settings):

@@ -4,10 +4,11 @@ import json
 
 from pydantic import Field
 
-from burnish.config import DataSettings, EvaluateSettings, Settings, TrainedModelSettings
+from burnish.config import Settings
 from burnish.data.prepare import check_data
 from burnish.engine.preflight import check_text
 from burnish.engine.trained import check_trained
+from burnish.settings import DataSettings, EvaluateSettings, TrainedModelSettings
 
 
 class Config(Settings):

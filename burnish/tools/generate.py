@@ -4,8 +4,9 @@ import json
 
 from pydantic import Field
 
-from burnish.config import Settings, TrainedModelSettings
+from burnish.config import Settings
 from burnish.engine.trained import check_trained
+from burnish.settings import TrainedModelSettings
 
 
 class Config(Settings):

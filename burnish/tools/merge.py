@@ -5,8 +5,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from burnish.config import Settings, TrainedModelSettings
+from burnish.config import Settings
 from burnish.engine.trained import check_base, check_trained, find_adapter, find_base
+from burnish.settings import TrainedModelSettings
 
 
 class Config(Settings):

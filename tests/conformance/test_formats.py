@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from burnish.config import DataSettings
 from burnish.data.formats import FORMATS, announce, check_format, recognise
 from burnish.data.reading import check_data
 from burnish.data.repair import repair
+from burnish.settings import DataSettings
 from burnish.types import Example, Prompt, Text
 
 

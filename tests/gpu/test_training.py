@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from burnish.cli import main
-from burnish.config import TrainingSettings, build
+from burnish.config import build
 from burnish.engine.assemble import open_learner, open_model
 from burnish.engine.mesh import Mesh
 from burnish.losses.likelihood import cross_entropy
 from burnish.model.checkpoint import load_model
+from burnish.settings import TrainingSettings
 from tests.tiny import tiny_batch, tiny_data, tiny_folder
 
 pytestmark = [

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from burnish.config import TrainingSettings, build
+from burnish.config import build
 from burnish.data.packing import collate
 from burnish.engine.assemble import open_learner, open_model
 from burnish.engine.mesh import Mesh
 from burnish.losses.likelihood import cross_entropy
+from burnish.settings import TrainingSettings
 from burnish.types import Sequence
 from tests.tiny import tiny_folder
 

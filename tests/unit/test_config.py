@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from burnish.config import ConfigError, TrainingSettings, build, fields, parse, to_yaml
+from burnish.config import ConfigError, build, fields, parse, to_yaml
+from burnish.settings import TrainingSettings
 
 
 def message(*words: str) -> str:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from burnish.config import DataSettings, EvaluateSettings
 from burnish.data.audit import Audit
 from burnish.data.prepare import Prepared, prepare, prepare_evaluation
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
+from burnish.settings import DataSettings, EvaluateSettings
 from tests.tiny import tiny_tokenizer
 
 NONE = EvaluateSettings(fraction=0.0)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from burnish.cli import main
-from burnish.config import DataSettings, EvaluateSettings, build
+from burnish.config import build
 from burnish.data.prepare import prepare
 from burnish.data.stream import Stream
 from burnish.data.templates import ChatTemplate
@@ -18,6 +18,7 @@ from burnish.data.tokenizer import Tokenizer
 from burnish.engine.learner import Learner
 from burnish.evaluate.likelihood import held_out_loss
 from burnish.model.checkpoint import load_model
+from burnish.settings import DataSettings, EvaluateSettings
 from burnish.types import Sequence
 from tests.tiny import tiny_data, tiny_folder
 

@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 
 from burnish import world
-from burnish.config import TrainingSettings, build, to_yaml
+from burnish.config import build, to_yaml
 from burnish.data.audit import Audit, Finding, HeldOut, Lengths
+from burnish.settings import TrainingSettings
 
 SEEN, UNSEEN = world.SEEN, world.UNSEEN
 METHODS: dict[str, dict[str, Any]] = {
