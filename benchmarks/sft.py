@@ -24,6 +24,7 @@ import torch
 from burnish.data.packing import collate
 from burnish.engine.assemble import open_learner, open_model
 from burnish.engine.mesh import Mesh
+from burnish.engine.start import Start
 from burnish.losses.likelihood import cross_entropy
 from burnish.model.adapters import ADAPTERS
 from burnish.model.storage import STORAGES
@@ -86,7 +87,7 @@ def main(asked: Mapping[str, str]) -> None:
         run = RunSettings(device="cuda", checkpointing=checkpointing, microbatch_tokens=num_sequences * length)
         model = ModelSettings(path=folder, storage=storage, init="random")
         began = time.perf_counter()
-        decoder, name = open_model(Path(folder), model, AdapterSettings(kind=adapter), run, mesh)
+        decoder, name = open_model(Start(Path(folder)), model, AdapterSettings(kind=adapter), run, mesh)
         torch.cuda.synchronize()
         print(f"model of {shape} on the card in {time.perf_counter() - began:.1f} s", flush=True)
     learner = open_learner(decoder, name, OptimSettings(lr=1e-4, schedule="constant", warmup=0), WARM_UP + TIMED, mesh)

@@ -1,5 +1,6 @@
 """From settings to the parts of a run: the model with its adapter laid over the devices, and the learner."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,8 +10,11 @@ from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
 from burnish.engine.learner import Learner
 from burnish.engine.mesh import Mesh, shard
-from burnish.model.adapter_files import save_adapter
-from burnish.model.adapters import AdapterSpec, adapter_parameters, add_adapter
+from burnish.engine.roles import Role
+from burnish.engine.start import Start
+from burnish.engine.trained import check_base
+from burnish.model.adapter_files import load_adapter, save_adapter
+from burnish.model.adapters import AdapterSpec, adapter_names, adapter_parameters, add_adapter, copy_adapter
 from burnish.model.checkpoint import base_fingerprint, init_model, load_model, save_model
 from burnish.model.decoder import Decoder
 from burnish.optim.adamw import adamw
@@ -19,6 +23,8 @@ from burnish.settings import AdapterSettings, ModelSettings, OptimSettings, RunS
 
 POLICY = "policy"
 """The name of the adapter in training."""
+REFERENCE = "reference"
+"""The name of the frozen adapter that it started from, where it was not fresh."""
 
 
 def activation_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -29,25 +35,50 @@ def activation_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def open_model(
-    folder: Path, model: ModelSettings, adapter: AdapterSettings, run: RunSettings, mesh: Mesh
+    start: Start,
+    model: ModelSettings,
+    adapter: AdapterSettings,
+    run: RunSettings,
+    mesh: Mesh,
+    furnish: Callable[[Decoder], None] | None = None,
 ) -> tuple[Decoder, str | None]:
-    """The decoder, ready to train on every rank, and the name of the fresh adapter on it (None: full weights)."""
+    """The decoder, ready to train on every rank, and the name of the adapter that trains (None: full weights).
+
+    The adapter is fresh, or a copy of the one that `start` names, which stays beside it under the name REFERENCE.
+    `furnish` adds what else the model is to carry, before it is laid over the devices.
+    """
     torch.manual_seed(run.seed)
     dtype = activation_dtype(run.dtype, mesh.device)
     if model.init == "random":
-        decoder = init_model(folder, run.seed, model.storage, mesh.device, dtype, model.double_quant)
+        decoder = init_model(start.base, run.seed, model.storage, mesh.device, dtype, model.double_quant)
     else:
-        decoder = load_model(folder, model.storage, mesh.device, dtype, model.double_quant)
-    name = None
-    if adapter.kind != "none":
+        decoder = load_model(start.base, model.storage, mesh.device, dtype, model.double_quant)
+    name = None if adapter.kind == "none" else POLICY
+    if start.adapter is not None:
+        check_base(start.adapter, start.base)
+        load_adapter(decoder, start.adapter, REFERENCE)
+        copy_adapter(decoder, REFERENCE, POLICY)
+    elif name is not None:
         spec = AdapterSpec(**adapter.model_dump())
-        add_adapter(decoder, name := POLICY, spec, torch.Generator().manual_seed(run.seed))
+        add_adapter(decoder, name, spec, torch.Generator().manual_seed(run.seed))
+    if furnish is not None:
+        furnish(decoder)
+    lay_out(decoder, run, mesh)
+    return decoder, name
+
+
+def lay_out(decoder: Decoder, run: RunSettings, mesh: Mesh) -> None:
+    """Make a complete decoder ready to run: checkpointing, compilation, its place on the ranks, random numbers."""
     decoder.checkpointing = run.checkpointing
     if run.compile == "on" or (run.compile == "auto" and mesh.device.type == "cuda"):
         decoder.compile_blocks()
     shard(decoder, decoder.model.layers, mesh)
     torch.manual_seed(run.seed + mesh.rank)  # what is drawn from here on, dropout, differs from rank to rank
-    return decoder, name
+
+
+def reference_role(decoder: Decoder) -> Role:
+    """What a trained adapter is measured against: the adapter that it started from, or the base where it was fresh."""
+    return Role(decoder, REFERENCE if REFERENCE in adapter_names(decoder) else None)
 
 
 def trained_parameters(decoder: Decoder, adapter: str | None) -> dict[str, nn.Parameter]:
@@ -59,7 +90,7 @@ def save_trained(
     learner: Learner,
     decoder: Decoder,
     folder: Path,
-    base: Path,
+    start: Start,
     settings: TrainingSettings,
     tokenizer: Tokenizer,
     template: ChatTemplate,
@@ -68,13 +99,13 @@ def save_trained(
 
     Every rank calls it. A sharded model is gathered weight by weight into a fresh one on the main rank's host.
     """
-    mesh, full = learner.mesh, settings.adapter.kind == "none"
+    mesh, full, base = learner.mesh, settings.adapter.kind == "none", start.base
     if mesh.world > 1:
         trained = mesh.gather(learner.parameters)
         if not mesh.is_main:
             return
         here = Mesh(torch.device("cpu"))
-        decoder, name = open_model(base, settings.model, settings.adapter, settings.run, here)
+        decoder, name = open_model(start, settings.model, settings.adapter, settings.run, here)
         for key, parameter in trained_parameters(decoder, name).items():
             parameter.data.copy_(trained[key])
     if full:
@@ -87,15 +118,19 @@ def save_trained(
             "double_quant": settings.model.double_quant,
         }
         name, revision = settings.model.path, settings.model.revision
-        save_adapter(decoder, POLICY, folder / "adapter", name, base, about=about, revision=revision)
+        save_adapter(decoder, POLICY, folder / "adapter", name, start.words, about=about, revision=revision)
     if settings.model.template != "auto":  # who serves it must ask in the form that it was trained on
         tokenizer.save(folder / ("model" if full else "adapter"), template.source)
 
 
 def open_learner(decoder: Decoder, adapter: str | None, optim: OptimSettings, steps: int, mesh: Mesh) -> Learner:
     """A learner over the adapter's weights, or over all weights when there is no adapter."""
+    return learner_of(trained_parameters(decoder, adapter), optim, steps, mesh)
+
+
+def learner_of(parameters: dict[str, nn.Parameter], optim: OptimSettings, steps: int, mesh: Mesh) -> Learner:
+    """A learner over these parameters, whose learning rate takes so many steps to run its course."""
     assert optim.lr is not None
-    parameters = trained_parameters(decoder, adapter)
     optimizer = adamw(parameters, optim.lr, (optim.beta1, optim.beta2), optim.eps, optim.weight_decay)
     peak, shape, warmup, decay = optim.lr, optim.schedule, optim.warmup, optim.decay
     return Learner(

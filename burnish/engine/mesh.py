@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-FORWARD_METHODS = ("score", "log_probs", "logits", "prefill", "decode")
+FORWARD_METHODS = ("score", "log_probs", "hidden", "values", "logits", "prefill", "decode")
 """The decoder's ways in: FSDP gathers parameters on `forward` alone unless it is told of the others."""
 
 

@@ -5,14 +5,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from burnish.config import Stopped, to_yaml
@@ -26,21 +26,42 @@ from burnish.optim.adamw import optimizer_tensors, restore_optimizer
 from burnish.settings import TrainingSettings
 
 
+class Stateful(Protocol):
+    """Something beside weights that a continued run must find as it was."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything that it remembers, as a JSON object."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Remember what `state` gave, in place of what it has."""
+        ...
+
+
 class Run:
     """A run in progress. Use it as a context manager, walk `steps`, and `log` what each step gave.
 
     The folder holds config.yaml, environment.json, metrics.jsonl (a line a step), checkpoints/step-N/, what trackers
     write, and in the end the result. A run continued from a checkpoint, on the same machine with as many ranks, gives
     the weights, optimizer state, counters and metrics that the uninterrupted one would have given, bit for bit; only
-    times differ. `data_fingerprint` names the data and its order: continuing with other data is refused.
+    times differ. `data_fingerprint` names the data and its order: continuing with other data is refused. `states` are
+    what else must go on where it was: a controller, running statistics.
     """
 
     def __init__(
-        self, config: TrainingSettings, learner: Learner, model: nn.Module, total_steps: int, data_fingerprint: str
+        self,
+        config: TrainingSettings,
+        learners: Sequence[Learner],
+        model: nn.Module,
+        total_steps: int,
+        data_fingerprint: str,
+        states: Mapping[str, Stateful] | None = None,
     ) -> None:
         anew = config.model_copy(update={"save": config.save.model_copy(update={"resume": False})})
         self.folder, self.save, self.config_yaml = Path(config.run.folder), config.save, to_yaml(anew)
-        self.learner, self.model, self.mesh, self.total_steps = learner, model, learner.mesh, total_steps
+        self.learners, self.model, self.mesh, self.total_steps = learners, model, learners[0].mesh, total_steps
+        self.states = states or {}
+        self.parameters = {name: p for learner in learners for name, p in learner.parameters.items()}
         self.data_fingerprint = f"{data_fingerprint} over {self.mesh.world} ranks"
         self.step, self.num_tokens, self.seconds, self.peak_bytes = 0, 0.0, 0.0, 0
         self.best_eval_loss: float | None = None
@@ -147,14 +168,15 @@ class Run:
         """Save everything that continuing needs. Every rank calls it; the main one writes."""
         if self._saved_step == self.step:
             return
-        weights = self.mesh.gather(self.learner.parameters)
-        optimizer = self.mesh.gather(optimizer_tensors(self.learner.optimizer, self.learner.parameters))
+        weights, optimizer = self.mesh.gather(self.parameters), self.mesh.gather(self._optimizer_tensors())
         states = self.mesh.collect(checkpoints.random_state(self.mesh.device))
         if self.mesh.is_main:
             random = {f"{name}.{rank}": state for rank, own in enumerate(states) for name, state in own.items()}
             os.fsync(self.metrics_file.fileno())
             state = {
                 "step": self.step,
+                "steps_taken": [learner.steps_taken for learner in self.learners],
+                "states": {name: stateful.state() for name, stateful in self.states.items()},
                 "num_tokens": self.num_tokens,
                 "seconds": self.seconds,
                 "peak_bytes": self.peak_bytes,
@@ -203,12 +225,15 @@ class Run:
         device = self.mesh.device
         self._measured_step -= 1
         if device.type == "cuda" or self._measured_step == 0:
-            states = optimizer_tensors(self.learner.optimizer, self.learner.parameters).values()
-            held = [*self.model.parameters(), *self.model.buffers(), *states]
+            held = [*self.model.parameters(), *self.model.buffers(), *self._optimizer_tensors().values()]
             with measured_peak(device, held) as peak:
                 yield peak
         else:
             yield Peak()
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        states = [optimizer_tensors(learner.optimizer, learner.parameters) for learner in self.learners]
+        return {name: tensor for state in states for name, tensor in state.items()}
 
     @property
     def _checkpoint_folder(self) -> Path:
@@ -227,17 +252,21 @@ class Run:
                 f"run.folder={self.folder}: the data, its order or the number of ranks is not what it was at "
                 f"{newest.name}; resume with the same, or start anew with another run.folder"
             )
-        for name, parameter in self.learner.parameters.items():
+        for name, parameter in self.parameters.items():
             parameter.data.copy_(laid_like(tensors["weights"][name], parameter.data))
         optimizer = {
-            name: laid_like(tensor, self.learner.parameters[name.rsplit(".", 1)[0]].data) if tensor.ndim else tensor
+            name: laid_like(tensor, self.parameters[name.rsplit(".", 1)[0]].data) if tensor.ndim else tensor
             for name, tensor in tensors["optimizer"].items()
         }
-        restore_optimizer(self.learner.optimizer, self.learner.parameters, optimizer)
+        for learner, taken in zip(self.learners, state["steps_taken"], strict=True):
+            restore_optimizer(learner.optimizer, learner.parameters, optimizer)
+            learner.steps_taken = taken
+        for name, stateful in self.states.items():
+            stateful.restore(state["states"][name])
         own = f".{self.mesh.rank}"
         states = {name.removesuffix(own): state for name, state in tensors["random"].items() if name.endswith(own)}
         checkpoints.restore_random_state(states, self.mesh.device)
-        self.step = self.learner.steps_taken = self._saved_step = state["step"]
+        self.step = self._saved_step = state["step"]
         self.num_tokens, self.seconds, self.peak_bytes = state["num_tokens"], state["seconds"], state["peak_bytes"]
         self.best_eval_loss = state["best_eval_loss"]
         self._measured_step = min(2, self.total_steps - self.step)

@@ -58,6 +58,7 @@ class Decoder(nn.Module):
             self.lm_head = Linear(_share(self.model.embed_tokens.weight))
         else:
             self.lm_head = weights.linear("lm_head", (config.vocab_size, config.hidden_size), bias=False)
+        self.heads = nn.ModuleDict()
 
     @property
     def device(self) -> torch.device:
@@ -79,6 +80,10 @@ class Decoder(nn.Module):
     def hidden(self, batch: Batch, adapter: str | None = None) -> Float[Tensor, "T D"]:
         """The last hidden state of each position, after the final norm."""
         return self._run(batch.tokens, self._packed(batch), adapter)
+
+    def values(self, batch: Batch, head: str, adapter: str | None = None) -> Float[Tensor, " T"]:
+        """What one of the model's heads reads at each position, in fp32: rewards, or values of states."""
+        return self.heads[head](self.hidden(batch, adapter))
 
     def logits(self, batch: Batch, adapter: str | None = None) -> Float[Tensor, "T V"]:
         """The logits of every position, in fp32: T · V numbers at once, for small batches."""

@@ -10,7 +10,7 @@ from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
 from burnish.engine.preflight import check_positions, preflight
 from burnish.engine.progress import progress_bar
-from burnish.model.families import find_model
+from burnish.engine.start import begin
 from burnish.settings import TrainingSettings
 from burnish.types import Batch
 
@@ -23,15 +23,16 @@ def main(config: Config) -> dict[str, Any]:
     """Trains and evaluates; gives the run's row of results, which is also in results.json of its folder."""
     # 1. Data: rows -> token sequences with a weight per token. Whatever is wrong with settings, paths or rows is said
     #    before the seconds that loading torch takes.
+    config, start = begin(config)
     preflight(config)
-    base, budget = find_model(config.model.path, config.model.revision), config.run.microbatch_tokens
-    tokenizer = Tokenizer.load(base)
+    budget = config.run.microbatch_tokens
+    tokenizer = Tokenizer.load(start.words)
     template = ChatTemplate.open(config.model.template, tokenizer)
     with progress_bar("tokenising") as progress:
         data = prepare(
             config.data, config.evaluate, tokenizer, template, config.run.seed, budget=budget, progress=progress
         )
-    check_positions(base, int(data.train.lengths.max()))
+    check_positions(start.base, int(data.train.lengths.max()))
 
     from burnish.engine.assemble import open_learner, open_model, save_trained
     from burnish.engine.mesh import open_mesh
@@ -51,7 +52,7 @@ def main(config: Config) -> dict[str, Any]:
         steps = config.run.steps if config.run.steps is not None else stream.steps_in(config.run.epochs)
 
         # 3. The model: one stored weight per layer, and beside it the adapter, if any; only one of the two trains.
-        model, adapter = open_model(base, config.model, config.adapter, config.run, mesh)
+        model, adapter = open_model(start, config.model, config.adapter, config.run, mesh)
         learner = open_learner(model, adapter, config.optim, steps, mesh)
         lengths = (config.data.max_length, budget)
         judge = Judge(model, adapter, tokenizer, template, data.held_out, data.prompts, config.evaluate, lengths)
@@ -61,7 +62,7 @@ def main(config: Config) -> dict[str, Any]:
             scores = model.score(batch, adapter)
             return cross_entropy(scores.log_probs, batch.weights, scores.correct)
 
-        with Run(config, learner, model, steps, stream.fingerprint) as run:
+        with Run(config, [learner], model, steps, stream.fingerprint) as run:
             run.write_json("audit.json", data.audit.as_dict())
             before = run.once("before", judge.verdict)
             for step in run.steps():
@@ -72,5 +73,5 @@ def main(config: Config) -> dict[str, Any]:
             after = run.once("after", judge.verdict)
 
             # 5. What is left of it: a model or an adapter folder, the table, the page.
-            save_trained(learner, model, run.folder, base, config, tokenizer, template)
+            save_trained(learner, model, run.folder, start, config, tokenizer, template)
             return finish(run, run.folder, method_name(config.model.storage, config.adapter.kind), before, after)

@@ -35,7 +35,7 @@ def finish(run: "Run", folder: Path, method: str, before: Mapping[str, Any], aft
     """
     row: Row = {
         "method": method,
-        "trainable_parameters": sum(parameter.numel() for parameter in run.learner.parameters.values()),
+        "trainable_parameters": sum(parameter.numel() for parameter in run.parameters.values()),
         "total_parameters": num_parameters(run.model),
         "peak_memory_bytes": run.peak_bytes,
         "seconds": run.seconds,

@@ -78,6 +78,7 @@ def _training() -> str:
     from burnish.data.packing import collate
     from burnish.engine.assemble import open_model
     from burnish.engine.mesh import Mesh, device_kind
+    from burnish.engine.start import Start
     from burnish.model.families import find_model
     from burnish.types import Sequence
 
@@ -85,9 +86,8 @@ def _training() -> str:
     batch = collate([Sequence(tuple(range(5, 25)), (1.0,) * 20, 0)]).to(device)
     for storage in ("full", "bf16", "nf4"):
         settings = build(TrainingSettings, {"model": {"storage": storage}, "run": {"compile": "off"}})
-        decoder, name = open_model(
-            find_model("embedded", None), settings.model, settings.adapter, settings.run, Mesh(device)
-        )
+        start = Start(find_model("embedded", None))
+        decoder, name = open_model(start, settings.model, settings.adapter, settings.run, Mesh(device))
         loss = -decoder.log_probs(batch, name).sum()
         loss.backward()
         if not torch.isfinite(loss):

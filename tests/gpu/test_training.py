@@ -9,6 +9,7 @@ from burnish.cli import main
 from burnish.config import build
 from burnish.engine.assemble import open_learner, open_model
 from burnish.engine.mesh import Mesh
+from burnish.engine.start import Start
 from burnish.losses.likelihood import cross_entropy
 from burnish.model.checkpoint import load_model
 from burnish.settings import TrainingSettings
@@ -53,7 +54,7 @@ def test_compiled_equals_eager(tmp_path, storage, checkpointing):
         tree = {"model": {"storage": storage}, "run": {"compile": compile, "checkpointing": checkpointing}}
         settings = build(TrainingSettings, tree)
         mesh = Mesh(torch.device("cuda"))
-        model, adapter = open_model(folder, settings.model, settings.adapter, settings.run, mesh)
+        model, adapter = open_model(Start(folder), settings.model, settings.adapter, settings.run, mesh)
         learner = open_learner(model, adapter, settings.optim, 6, mesh)
 
         def objective(batch, model=model, adapter=adapter):

@@ -7,6 +7,7 @@ from burnish.config import build
 from burnish.data.packing import collate
 from burnish.engine.assemble import open_learner, open_model
 from burnish.engine.mesh import Mesh
+from burnish.engine.start import Start
 from burnish.losses.likelihood import cross_entropy
 from burnish.settings import TrainingSettings
 from burnish.types import Sequence
@@ -30,7 +31,7 @@ def sequences(step: int) -> list[Sequence]:
 def learned(folder, tree, cut: list[int]) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     settings = build(TrainingSettings, tree | {"run": {"compile": "off"}})
     mesh = Mesh(torch.device("cpu"))
-    model, adapter = open_model(folder, settings.model, settings.adapter, settings.run, mesh)
+    model, adapter = open_model(Start(folder), settings.model, settings.adapter, settings.run, mesh)
     learner = open_learner(model, adapter, settings.optim, STEPS, mesh)
 
     def objective(batch):
