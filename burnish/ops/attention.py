@@ -2,6 +2,11 @@
 
 Three ways to the same numbers: `varlen_attn` (FlashAttention) for packed half-precision tensors on the GPU; elsewhere
 the sequences are laid into padded rows, where causality alone keeps the padding on the right out of every score.
+
+A sequence with a prefix reads tokens of another one before its own (`Batch.prefixes`). Its keys and values are gathered
+from there, so that autograd adds up what all readers of a prompt want of it. The kernel aligns the last query with the
+last key, as FlashAttention's causal mask does since 2.1; padded rows are as long as the whole sequence, and their
+queries at the prefix, which nobody reads, stay 0.
 """
 
 import functools
@@ -38,6 +43,20 @@ class Rows:
     place: Int[Tensor, " T"] | None
     """Where each position goes; None if it is there already."""
     groups: tuple[Group, ...]
+    key_place: Int[Tensor, " keys"] | None = None
+    """Where each key goes, where prefixes are shared."""
+
+
+class Keys(NamedTuple):
+    """What each sequence reads, prefix and then its own tokens, laid end to end."""
+
+    position: Int[Tensor, " keys"]
+    """The position whose key and value stand here."""
+    starts: Int[Tensor, " S+1"]
+    sequence: Int[Tensor, " keys"]
+    """Which sequence reads it."""
+    place: Int[Tensor, " keys"]
+    """Its place within that sequence."""
 
 
 class Layout(NamedTuple):
@@ -50,14 +69,17 @@ class Layout(NamedTuple):
     """How to pad; None where a variable-length kernel does the work."""
     kernel_shares_heads: bool
     """Whether that kernel serves several query heads from one key-value head by itself, which depends on PyTorch."""
+    keys: Keys | None = None
+    """What is read besides a sequence's own tokens; None where every sequence is whole."""
 
 
 def packed_layout(batch: Batch, padded: bool) -> Layout:
     """How `attention` will read the batch; `padded` for everything but variable-length kernels."""
     longest = 1 << (batch.longest - 1).bit_length()
+    keys = _keys(batch) if any(length for _, length in batch.prefixes) else None
     if padded:
-        return Layout(batch.starts, longest, _padded_rows(batch), kernel_shares_heads=False)
-    return Layout(batch.starts, longest, None, _kernel_shares_heads())
+        return Layout(batch.starts, longest, _padded_rows(batch, keys), kernel_shares_heads=False, keys=keys)
+    return Layout(batch.starts, longest, None, _kernel_shares_heads(), keys)
 
 
 def wants_padding(device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None) -> bool:
@@ -75,13 +97,17 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Float[Tensor, "T H C"]:
-    """softmax(scale · q kᵀ) v of each position over its own sequence, up to itself and at most `window` keys back.
+    """softmax(scale · q kᵀ) v of each position over its sequence, up to itself and at most `window` keys back.
 
     `softcap` bends the scores by cap · tanh(score / cap) first. Each key-value head serves H / G query heads.
     """
+    if layout.keys is not None:
+        k_TGC, v_TGC = (x.index_select(0, layout.keys.position) for x in (k_TGC, v_TGC))
     if layout.rows is None:
         return _varlen(q_THC, k_TGC, v_TGC, layout, scale, window)
-    q, k, v = (_into_rows(x, layout.rows) for x in (q_THC, k_TGC, v_TGC))
+    place, key_place = layout.rows.place, layout.rows.place if layout.keys is None else layout.rows.key_place
+    given = ((q_THC, place), (k_TGC, key_place), (v_TGC, key_place))
+    q, k, v = (_into_rows(x, places, layout.rows) for x, places in given)
     outputs: list[Tensor] = []
     for offset, num_rows, length in layout.rows.groups:
         rows = slice(offset, offset + num_rows * length)
@@ -127,13 +153,32 @@ def rotate(
     return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
 
 
-def _padded_rows(batch: Batch) -> Rows:
-    lengths = [end - start for start, end in itertools.pairwise(batch.starts.tolist())]
-    if len(set(lengths)) == 1:
+def _keys(batch: Batch) -> Keys:
+    """Made on the device from what the host knows, without waiting for it."""
+    device, own_starts = batch.starts.device, batch.starts
+    total = len(batch.tokens) + sum(length for _, length in batch.prefixes)
+    first_S, length_S = (
+        torch.tensor(part, dtype=own_starts.dtype).to(device, non_blocking=True)
+        for part in zip(*batch.prefixes, strict=True)
+    )
+    starts = own_starts + F.pad(length_S.cumsum(0, dtype=own_starts.dtype), (1, 0))
+    numbers_S = torch.arange(batch.num_sequences, device=device)
+    sequence = torch.repeat_interleave(numbers_S, starts.diff(), output_size=total)
+    place = torch.arange(total, device=device) - starts[sequence]
+    before = length_S[sequence]
+    position = torch.where(place < before, first_S[sequence] + place, own_starts[sequence] + place - before)
+    return Keys(position, starts, sequence, place)
+
+
+def _padded_rows(batch: Batch, keys: Keys | None) -> Rows:
+    ends = batch.starts if keys is None else keys.starts
+    lengths = [end - start for start, end in itertools.pairwise(ends.tolist())]
+    if keys is None and len(set(lengths)) == 1:
         return Rows(None, (Group(0, len(lengths), lengths[0]),))
     groups, offsets = _group_rows(lengths)
     first_place_S = torch.tensor(offsets, device=batch.positions.device)
-    return Rows(first_place_S[batch.sequence] + batch.positions, groups)
+    key_place = None if keys is None else first_place_S[keys.sequence] + keys.place
+    return Rows(first_place_S[batch.sequence] + batch.positions, groups, key_place)
 
 
 def _group_rows(lengths: list[int]) -> tuple[tuple[Group, ...], list[int]]:
@@ -151,11 +196,11 @@ def _group_rows(lengths: list[int]) -> tuple[tuple[Group, ...], list[int]]:
     return tuple(groups), offsets
 
 
-def _into_rows(x: Tensor, rows: Rows) -> Tensor:
-    if rows.place is None:
+def _into_rows(x: Tensor, place: Tensor | None, rows: Rows) -> Tensor:
+    if place is None:
         return x
     offset, num_rows, length = rows.groups[-1]
-    return x.new_zeros(offset + num_rows * length, *x.shape[1:]).index_copy(0, rows.place, x)
+    return x.new_zeros(offset + num_rows * length, *x.shape[1:]).index_copy(0, place, x)
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
@@ -194,7 +239,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, windo
         k, v = k.repeat_interleave(num_groups, 1), v.repeat_interleave(num_groups, 1)
     sides = (-1 if window is None else window - 1, 0)
     starts, longest = layout.starts, layout.longest
-    out = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=sides, **shared)
+    key_starts = starts if layout.keys is None else layout.keys.starts
+    out = varlen_attn(q, k, v, starts, key_starts, longest, longest, scale=scale, window_size=sides, **shared)
     assert isinstance(out, Tensor)
     return out
 
