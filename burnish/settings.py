@@ -195,6 +195,9 @@ class RewardSettings(Settings):
     retries: int = Field(default=3, ge=0, description="How often a failed request is sent again.")
     clip: float | None = Field(default=None, gt=0, description="Scores are cut to ±this.")
     whiten: bool = Field(default=False, description="Divide the token rewards of a step by their deviation.")
+    storage: Literal["bf16", "fp32", "nf4"] = Field(
+        default="bf16", description="How a reward model with a base of its own is kept."
+    )
     missing_eos: Literal["none", "replace", "subtract", "mask"] = Field(
         default="none", description="What becomes of the score of an answer that does not end by itself."
     )
@@ -289,5 +292,38 @@ class TrainingSettings(Settings):
                 f"run.microbatch_tokens={self.run.microbatch_tokens} is less than "
                 f"data.max_length={self.data.max_length}, so a longest row would fit no micro-batch: write "
                 f"run.microbatch_tokens={self.data.max_length} or data.max_length={self.run.microbatch_tokens}"
+            )
+        return self
+
+
+class ReinforcementSettings(TrainingSettings):
+    """What the recipes share that learn from answers which the policy itself writes."""
+
+    LEARNING_RATES: ClassVar[tuple[float, float]] = (1e-6, 1e-5)
+
+    rollout: RolloutSettings = RolloutSettings.model_construct()
+    reward: RewardSettings = RewardSettings.model_construct()
+    kl: KLSettings = KLSettings.model_construct()
+
+    @model_validator(mode="after")
+    def _rollouts_can_be_scored(self) -> "ReinforcementSettings":
+        if self.reward.path is None and self.reward.function is None and self.reward.url is None:
+            raise ValueError("write reward.path=RUN, reward.function=FILE.py:NAME or reward.url=...: what answers earn")
+        for name, neutral in (("top_k", 0), ("top_p", 1.0)):
+            if (given := getattr(self.rollout, name)) != neutral:
+                raise ValueError(
+                    f"rollout.{name}={given}: answers would be drawn from another distribution than the one whose "
+                    f"log-probs are trained, which biases every ratio and the KL; leave it out, and use "
+                    "rollout.temperature to sharpen"
+                )
+        if self.adapter.dropout and self.adapter.kind != "auto":
+            raise ValueError(
+                f"adapter.dropout={self.adapter.dropout}: with dropout the policy that is updated is not the one that "
+                "answered; leave it out"
+            )
+        if self.data.max_length <= self.rollout.max_tokens:
+            raise ValueError(
+                f"data.max_length={self.data.max_length} leaves no room for a prompt before an answer of "
+                f"rollout.max_tokens={self.rollout.max_tokens}: write a larger data.max_length"
             )
         return self

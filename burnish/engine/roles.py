@@ -19,14 +19,16 @@ class Role:
     model: Decoder
     adapter: str | None
     head: str | None = None
+    temperature: float = 1.0
+    """Divides the logits: answers are scored by the distribution that they are drawn from."""
 
     def score(self, batch: Batch) -> Scores:
         """Log-probability of each scored target, and whether it came first."""
-        return self.model.score(batch, self.adapter)
+        return self.model.score(batch, self.adapter, self.temperature)
 
     def log_probs(self, batch: Batch) -> Float[Tensor, " T"]:
         """The log-probability of each scored target; 0 elsewhere."""
-        return self.model.log_probs(batch, self.adapter)
+        return self.model.log_probs(batch, self.adapter, self.temperature)
 
     def values(self, batch: Batch) -> Float[Tensor, " T"]:
         """What the head reads at each position."""

@@ -65,17 +65,20 @@ class Decoder(nn.Module):
         """Where the weights are."""
         return self.model.embed_tokens.weight.device
 
-    def score(self, batch: Batch, adapter: str | None = None) -> Scores:
-        """Log-probability of each scored target, and whether it came first. Only scored positions meet the head."""
+    def score(self, batch: Batch, adapter: str | None = None, temperature: float = 1.0) -> Scores:
+        """Log-probability of each scored target, and whether it came first. Only scored positions meet the head.
+
+        The probabilities are those of the logits divided by `temperature`.
+        """
         hidden_KD = self.hidden(batch, adapter).index_select(0, batch.scored)
         targets_K = batch.targets[batch.scored]
-        log_probs_K, correct_K = self._score_rows(hidden_KD, targets_K, adapter)
+        log_probs_K, correct_K = self._score_rows(hidden_KD, targets_K, adapter, temperature)
         zeros_T, false_T = (part.new_zeros(batch.tokens.shape) for part in (log_probs_K, correct_K))
         return Scores(zeros_T.index_copy(0, batch.scored, log_probs_K), false_T.index_copy(0, batch.scored, correct_K))
 
-    def log_probs(self, batch: Batch, adapter: str | None = None) -> Float[Tensor, " T"]:
+    def log_probs(self, batch: Batch, adapter: str | None = None, temperature: float = 1.0) -> Float[Tensor, " T"]:
         """The log-probability of each scored target."""
-        return self.score(batch, adapter).log_probs
+        return self.score(batch, adapter, temperature).log_probs
 
     def hidden(self, batch: Batch, adapter: str | None = None) -> Float[Tensor, "T D"]:
         """The last hidden state of each position, after the final norm."""
@@ -147,20 +150,27 @@ class Decoder(nn.Module):
             return soft_cap(self.lm_head(hidden_KD, adapter).float(), self.config.final_softcap)
         return head_logits(hidden_KD, self.lm_head.weight.dense(hidden_KD.dtype), self.config.final_softcap)
 
-    def _score_rows(self, hidden_KD: Tensor, targets_K: Tensor, adapter: str | None) -> tuple[Tensor, Tensor]:
+    def _score_rows(
+        self, hidden_KD: Tensor, targets_K: Tensor, adapter: str | None, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        cap = self.config.final_softcap
+        if temperature != 1:  # cap · tanh(z / cap) / t = (cap / t) · tanh((z / t) / (cap / t))
+            hidden_KD, cap = hidden_KD / temperature, None if cap is None else cap / temperature
         if adapter is None or adapter not in self.lm_head.adapters:
             head_VD = self.lm_head.weight.dense(hidden_KD.dtype)
-            return target_log_probs(hidden_KD, head_VD, targets_K, self.config.final_softcap)
+            return target_log_probs(hidden_KD, head_VD, targets_K, cap)
         parts = [
-            checkpoint(self._score_adapted, hidden_KD[rows], targets_K[rows], adapter, use_reentrant=False)
+            checkpoint(self._score_adapted, hidden_KD[rows], targets_K[rows], adapter, cap, use_reentrant=False)
             for rows in chunk_rows(len(targets_K), self.config.vocab_size, hidden_KD.device)
         ]
         log_probs = [targets_K[:0].float(), *(part[0] for part in parts)]
         return torch.cat(log_probs), torch.cat([targets_K[:0].bool(), *(part[1] for part in parts)])
 
-    def _score_adapted(self, hidden_KD: Tensor, targets_K: Tensor, adapter: str) -> tuple[Tensor, Tensor]:
+    def _score_adapted(
+        self, hidden_KD: Tensor, targets_K: Tensor, adapter: str, cap: float | None
+    ) -> tuple[Tensor, Tensor]:
         """The same for a head with an adapter, a few rows at a time."""
-        logits_KV = self._logits(hidden_KD, adapter)
+        logits_KV = soft_cap(self.lm_head(hidden_KD, adapter).float(), cap)
         log_probs_K = logits_KV.log_softmax(-1).gather(1, targets_K[:, None])[:, 0]
         return log_probs_K, logits_KV.argmax(-1) == targets_K
 
