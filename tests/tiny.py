@@ -1,8 +1,10 @@
 """Tiny models, tokenizers and batches: made in milliseconds, of the same kinds as the real ones."""
 
+import dataclasses
 import functools
 import json
 import multiprocessing
+from collections.abc import Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ SENTENCES = (
     "user assistant system tool: answer the question, write the word backwards.",
     "Once upon a time there was a small red house by the sea.",
 )
+
+Groups = Sequence[tuple[int, Sequence[int]]]
+"""For each prompt: how many tokens are shared, and how many each sequence has of its own after those."""
 
 TINY_CONFIG: dict[str, Any] = {
     "vocab_size": 320,
@@ -115,6 +120,41 @@ def tiny_batch(lengths: tuple[int, ...] | list[int], vocab_size: int = 320, seed
         total_weight=float(weights.sum()),
         rows=tuple(range(len(lengths))),
     )
+
+
+def tiny_shared_batch(groups: Groups, seed: int = 0) -> tuple[Batch, Batch, torch.Tensor]:
+    """A batch of whole sequences, the same with shared prompts, and where each position of the first is in the second.
+
+    What is shared is not scored.
+    """
+    whole = tiny_batch([shared + own for shared, owns in groups for own in owns], seed=seed)
+    prefixes: list[tuple[int, int]] = []
+    source: list[int] = []
+    for shared, owns in groups:
+        start = max(source, default=-1) + 1
+        for number, own in enumerate(owns):
+            prefixes.append((start, shared) if number else (0, 0))
+            fresh = max(source, default=-1) + 1
+            source += [*range(start, start + shared)] if number else [*range(fresh, fresh := fresh + shared)]
+            source += range(fresh, fresh + own)
+    source_W = torch.tensor(source)
+    kept = torch.tensor([place not in source[:at] for at, place in enumerate(source)])
+    tokens = whole.tokens[kept][source_W]
+    last = whole.positions.roll(-1) == 0
+    shared_W = torch.tensor([shared for shared, owns in groups for _ in owns])[whole.sequence]
+    weights = torch.where((whole.positions < shared_W) | last, 0.0, 1.0)
+    targets = torch.where(last, 0, tokens.roll(-1))
+    whole = _with_scored(whole, tokens=tokens, targets=targets, weights=weights)
+    columns = ("tokens", "targets", "weights", "positions", "sequence")
+    parts = {name: getattr(whole, name)[kept] for name in columns}
+    starts = [0, *torch.bincount(parts["sequence"]).cumsum(0).tolist()]
+    parts["starts"] = torch.tensor(starts, dtype=torch.int32)
+    return whole, _with_scored(whole, **parts, prefixes=tuple(prefixes)), source_W
+
+
+def _with_scored(batch: Batch, **columns: Any) -> Batch:
+    weights = columns["weights"]
+    return dataclasses.replace(batch, **columns, scored=weights.nonzero()[:, 0], total_weight=float(weights.sum()))
 
 
 def tiny_tokenizer(path: Path, chat_template: str | None = CHAT_TEMPLATE) -> Path:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from burnish.model.checkpoint import load_model
 from burnish.model.decoder import Decoder
 from burnish.ops.attention import attention, packed_layout
 from burnish.types import Batch
-from tests.tiny import tiny_batch, tiny_folder
+from tests.tiny import Groups, tiny_batch, tiny_folder, tiny_shared_batch
 
 ARCHITECTURES: dict[str, dict[str, int]] = {
     "LlamaForCausalLM": {},
@@ -31,47 +30,11 @@ ARCHITECTURES: dict[str, dict[str, int]] = {
 }
 """Grouped heads; windows; norms of heads; soft caps; two ropes; norms over all heads; fused weights; layers without."""
 
-Groups = Sequence[tuple[int, Sequence[int]]]
-"""For each prompt: how many tokens are shared, and how many each sequence has of its own after those."""
 GROUPS: Groups = [(9, (4, 7)), (1, (6, 2, 3)), (12, (1, 2)), (3, (8,)), (2, (14, 14))]
 
 
-def whole_and_shared(groups: Groups, seed: int = 0) -> tuple[Batch, Batch, Tensor]:
-    """A batch of whole sequences, the same with shared prompts, and where each position of the first is in the second.
-
-    What is shared is not scored.
-    """
-    whole = tiny_batch([shared + own for shared, owns in groups for own in owns], seed=seed)
-    prefixes: list[tuple[int, int]] = []
-    source: list[int] = []
-    for shared, owns in groups:
-        start = max(source, default=-1) + 1
-        for number, own in enumerate(owns):
-            prefixes.append((start, shared) if number else (0, 0))
-            fresh = max(source, default=-1) + 1
-            source += [*range(start, start + shared)] if number else [*range(fresh, fresh := fresh + shared)]
-            source += range(fresh, fresh + own)
-    source_W = torch.tensor(source)
-    kept = torch.tensor([place not in source[:at] for at, place in enumerate(source)])
-    tokens = whole.tokens[kept][source_W]
-    last = whole.positions.roll(-1) == 0
-    shared_W = torch.tensor([shared for shared, owns in groups for _ in owns])[whole.sequence]
-    weights = torch.where((whole.positions < shared_W) | last, 0.0, 1.0)
-    targets = torch.where(last, 0, tokens.roll(-1))
-    whole = with_weights(whole, tokens=tokens, targets=targets, weights=weights)
-    columns = ("tokens", "targets", "weights", "positions", "sequence")
-    parts = {name: getattr(whole, name)[kept] for name in columns}
-    starts = [0, *torch.bincount(parts["sequence"]).cumsum(0).tolist()]
-    parts["starts"] = torch.tensor(starts, dtype=torch.int32)
-    return whole, with_weights(whole, **parts, prefixes=tuple(prefixes)), source_W
-
-
-def with_weights(batch: Batch, **columns) -> Batch:
-    return dataclasses.replace(batch, **columns, scored=columns["weights"].nonzero()[:, 0])
-
-
 def test_the_two_batches_hold_the_same_tokens() -> None:
-    whole, shared, _ = whole_and_shared(GROUPS)
+    whole, shared, _ = tiny_shared_batch(GROUPS)
     assert len(shared.tokens) == len(whole.tokens) - sum(length for _, length in shared.prefixes) < len(whole.tokens)
     assert torch.equal(whole.targets[whole.scored], shared.targets[shared.scored])
     for number, (start, length) in enumerate(shared.prefixes):
@@ -86,7 +49,7 @@ groups = st.lists(st.tuples(st.integers(1, 20), st.lists(st.integers(1, 20), min
 @settings(max_examples=50, deadline=None)
 @given(groups, st.sampled_from([None, 1, 3, 8]), st.sampled_from([None, 1.5]))
 def test_attention_with_shared_prompts_is_attention(groups: Groups, window: int | None, softcap: float | None) -> None:
-    whole, shared, source = whole_and_shared(groups)
+    whole, shared, source = tiny_shared_batch(groups)
     generator = torch.Generator().manual_seed(1)
     found: list[list[Tensor]] = []
     given = [torch.randn(len(shared.tokens), heads, 6, generator=generator).double() for heads in (4, 2, 2)]
@@ -123,7 +86,7 @@ def test_the_kernel_is_asked_for_the_definition(monkeypatch, window) -> None:
         return torch.cat(parts)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
-    whole, shared, source = whole_and_shared(GROUPS)
+    whole, shared, source = tiny_shared_batch(GROUPS)
     q, k, v = (torch.randn(len(shared.tokens), heads, 6, dtype=torch.float64) for heads in (4, 2, 2))
     ours = attention(q, k, v, packed_layout(shared, padded=False), 0.7, window)
     expected = attention(q[source], k[source], v[source], packed_layout(whole, padded=True), 0.7, window)
@@ -162,7 +125,7 @@ def test_log_probs_and_gradients_are_equal(monkeypatch, model: Decoder, adapter,
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # norms and rotations go through fp32
     monkeypatch.setattr(model, "dtype", torch.float64)
     monkeypatch.setattr(model, "checkpointing", checkpointing)
-    whole, shared, _ = whole_and_shared(GROUPS)
+    whole, shared, _ = tiny_shared_batch(GROUPS)
     expected, expected_gradients = gradients(model, whole, adapter)
     ours, our_gradients = gradients(model, shared, adapter)
     assert ours.dtype == torch.float64
@@ -173,7 +136,7 @@ def test_log_probs_and_gradients_are_equal(monkeypatch, model: Decoder, adapter,
 
 
 def test_in_single_precision_too(model: Decoder) -> None:
-    whole, shared, _ = whole_and_shared(GROUPS)
+    whole, shared, _ = tiny_shared_batch(GROUPS)
     expected, expected_gradients = gradients(model, whole, "policy")
     ours, our_gradients = gradients(model, shared, "policy")
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
@@ -182,7 +145,7 @@ def test_in_single_precision_too(model: Decoder) -> None:
 
 
 def test_a_sequence_sees_of_others_its_prefix_alone(model: Decoder) -> None:
-    _, batch, _ = whole_and_shared([(5, (4, 6)), (3, (2, 7))])
+    _, batch, _ = tiny_shared_batch([(5, (4, 6)), (3, (2, 7))])
     changed = batch.tokens.clone()
     changed[5:9], changed[15:] = 7, 8  # what the first sequence says after the prompt, and the second group
     with torch.no_grad():
