@@ -66,7 +66,7 @@ def check_trained(settings: TrainedModelSettings) -> None:
 
 def check_base(adapter: Path, base: Path) -> None:
     """Raises ValueError when an adapter says that it was trained on another base than the one in this folder."""
-    from burnish.model.adapter_files import read_about
+    from burnish.model.adapter_config import read_about
     from burnish.model.checkpoint import base_fingerprint
 
     if read_about(adapter).get("base_fingerprint") not in (None, base_fingerprint(base)):
@@ -82,7 +82,8 @@ def open_trained(settings: TrainedModelSettings) -> Trained:
 
     from burnish.engine.assemble import activation_dtype
     from burnish.engine.mesh import device_kind
-    from burnish.model.adapter_files import load_adapter, read_about
+    from burnish.model.adapter_config import read_about
+    from burnish.model.adapter_files import load_adapter
     from burnish.model.checkpoint import load_model
 
     base = find_base(settings)

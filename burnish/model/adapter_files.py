@@ -1,7 +1,8 @@
 """Adapters as PEFT folders: written so that PEFT and vLLM load them as they are, and read strictly.
 
 The layout is PEFT's: `adapter_model.safetensors` with `base_model.model.<layer>.lora_A.weight` and the like, and
-`adapter_config.json`; tokenizer and chat template lie beside them.
+`adapter_config.json`; tokenizer and chat template lie beside them. An adapter with a scalar head, of a reward or value
+model, is PEFT's adapter for sequence classification with one label, and its head the tensor `score.weight`.
 """
 
 import json
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from burnish.files import written_aside
+from burnish.model.adapter_config import ABOUT_FILE, CONFIG_FILE, SCORE, check_kind, read_adapter_config
 from burnish.model.adapters import (
     HEAD,
     IA3,
@@ -30,10 +32,9 @@ from burnish.model.adapters import (
     linear_layers,
 )
 from burnish.model.checkpoint import copy_tokenizer
+from burnish.model.heads import ScalarHead, add_head
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-ABOUT_FILE = "burnish.json"
 
 
 def save_adapter(
@@ -44,17 +45,25 @@ def save_adapter(
     tokenizer_folder: Path | None = None,
     about: Mapping[str, object] | None = None,
     revision: str | None = None,
+    head: str | None = None,
 ) -> None:
     """Write the adapter called `name` as a PEFT folder, whole or not at all.
 
     `base` is the model it was trained on, a hub id or a path, and `revision` which commit or branch of it. `about` is
-    what `read_about` gives back; PEFT passes it over. Raises ValueError for a folder that holds anything else than an
+    what `read_about` gives back; PEFT passes it over. `head` names the scalar head that belongs to the adapter; a bias
+    of 0, which is all that PEFT knows, is not written. Raises ValueError for a folder that holds anything else than an
     adapter: it is replaced as a whole.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder} holds something else than an adapter: choose another folder")
-    config, tensors = to_peft(adapter_layers(model, name), list(linear_layers(model)), base)
+    layers = adapter_layers(model, name)
+    if head is not None:  # a classifier has no language model's head to be adapted
+        layers = {path: adapter for path, adapter in layers.items() if path != HEAD}
+    config, tensors = to_peft(layers, list(linear_layers(model)), base)
     config["revision"] = revision
+    if head is not None:
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+        tensors |= _head_tensors(cast(ScalarHead, cast(nn.ModuleDict, model.heads)[head]))
     documents = {CONFIG_FILE: config} | ({} if about is None else {ABOUT_FILE: dict(about)})
     with written_aside(folder) as aside:
         try:
@@ -68,38 +77,57 @@ def save_adapter(
 
 
 def load_adapter(
-    model: nn.Module, folder: Path, name: str, trainable: bool = False, base: str | None = None
+    model: nn.Module,
+    folder: Path,
+    name: str,
+    trainable: bool = False,
+    base: str | None = None,
+    head: str | None = None,
 ) -> AdapterSpec:
     """Add the adapter in a PEFT folder to the model under `name`; its spec, with the layers in full.
 
-    Raises ValueError, and leaves the model as it was, for what `read_adapter` refuses.
+    `head` is what to call the scalar head that the adapter must then have; without, it must have none. Raises
+    ValueError, and leaves the model as it was, for what `read_adapter` refuses.
     """
     layers = linear_layers(model)
-    spec, parts = read_adapter(folder, {path: layer.shape for path, layer in layers.items()}, base)
+    width = cast(int, cast(Any, model.config).hidden_size) if head is not None else None
+    assert head is None or head not in cast(nn.ModuleDict, model.heads)
+    spec, parts = read_adapter(folder, {path: layer.shape for path, layer in layers.items()}, base, width)
     # A generator of its own: what is drawn here is overwritten at once, and must not move the run's random state.
     add_adapter(model, name, spec, torch.Generator())
     for path, adapter in adapter_layers(model, name).items():
         fill_adapter(adapter, parts[path], trainable)
+    if head is not None and width is not None:
+        _fill_head(add_head(model, head, width, torch.Generator()), parts[SCORE], trainable)
     return spec
 
 
 def read_adapter(
-    folder: Path, shapes: Mapping[str, tuple[int, int]], base: str | None = None
+    folder: Path, shapes: Mapping[str, tuple[int, int]], base: str | None = None, width: int | None = None
 ) -> tuple[AdapterSpec, dict[str, dict[str, Tensor]]]:
     """What a PEFT folder holds for a model whose linear layers have these shapes: the spec, and each layer's tensors.
 
-    Raises ValueError for an option that is not supported, and for a tensor that is missing, unexpected, misshapen or
-    not finite; where `base` is given, for an adapter of a model of another name too.
+    With `width`, the size of hidden states, the adapter must have a scalar head, whose tensors are under SCORE; without
+    it must have none. Raises ValueError for an option that is not supported, and for a tensor that is missing,
+    unexpected, misshapen or not finite; where `base` is given, for an adapter of a model of another name too.
     """
     config = read_adapter_config(folder)
+    check_kind(folder, config, width is not None)
     trained_on = config.get("base_model_name_or_path") or "a base that it does not name"
     if base is not None and config.get("base_model_name_or_path") and _last(trained_on) != _last(base):
         raise ValueError(f"{folder} is an adapter of {trained_on}, not of {base}: give the model it was trained on")
     spec = spec_from_peft(config, list(shapes), folder / CONFIG_FILE)
     wanted = {path: _shapes(spec, path, shapes[path]) for path in spec.targets}
     flat = {f"{_PREFIX}{path}.{key}": shape for path, keys in wanted.items() for key, shape in keys.items()}
-    found = _read_tensors(folder / WEIGHTS_FILE, flat, trained_on)
-    return spec, {path: {key: found[f"{_PREFIX}{path}.{key}"] for key in keys} for path, keys in wanted.items()}
+    optional: dict[str, tuple[int, ...]] = {}
+    if width is not None:
+        wanted[SCORE] = {"weight": (1, width)}
+        flat[_SCORE_WEIGHT], optional[_SCORE_BIAS] = (1, width), (1,)
+    found = _read_tensors(folder / WEIGHTS_FILE, flat, trained_on, optional)
+    parts = {path: {key: found[f"{_PREFIX}{path}.{key}"] for key in keys} for path, keys in wanted.items()}
+    if _SCORE_BIAS in found:
+        parts[SCORE]["bias"] = found[_SCORE_BIAS]
+    return spec, parts
 
 
 def fill_adapter(adapter: Adapter, parts: Mapping[str, Tensor], trainable: bool = False) -> None:
@@ -146,41 +174,6 @@ def to_peft(
     return config, tensors
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """What `adapter_config.json` says. Raises ValueError where it is missing, damaged or asks for what we do not do."""
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        raise ValueError(f"{folder} is no adapter: there is no {CONFIG_FILE} in it")
-    config = _read_object(file)
-    kind = config.get("peft_type")
-    if kind not in ("LORA", "IA3"):
-        raise ValueError(f"{file}: peft_type is {kind}; LORA (with DoRA) and IA3 can be read")
-    for key, value in config.items():
-        if key == "init_lora_weights" and value not in _INITS_THAT_LEAVE_THE_BASE_ALONE:
-            raise ValueError(
-                f"{file}: init_lora_weights={value} changes the base weights: convert it to a plain LoRA with PEFT "
-                "(save_pretrained with path_initial_model_for_weight_conversion)"
-            )
-        if key not in _UNDERSTOOD and value not in _NEUTRAL:
-            raise ValueError(f"{file}: {key}={value} is not supported")
-    if not isinstance(config.get("target_modules"), list | str):
-        raise ValueError(f"{file}: target_modules must be a list of names or a regular expression")
-    for key, lowest in (("r", 1), ("lora_alpha", 0), ("lora_dropout", 0)):
-        value = config.get(key, 1)
-        if not isinstance(value, int | float) or value < lowest or (key == "r" and value != int(value)):
-            raise ValueError(f"{file}: {key}={value} must be a number, at least {lowest}")
-    return config
-
-
-def read_about(folder: Path) -> dict[str, Any]:
-    """What was said of an adapter when it was saved, as `save_adapter` was given it; empty where nothing was.
-
-    Raises ValueError for a file that is damaged.
-    """
-    file = folder / ABOUT_FILE
-    return _read_object(file) if file.is_file() else {}
-
-
 def spec_from_peft(config: Mapping[str, Any], all_layers: list[str], file: Path) -> AdapterSpec:
     """The spec that a PEFT config describes, with its target layers in full.
 
@@ -209,14 +202,16 @@ def spec_from_peft(config: Mapping[str, Any], all_layers: list[str], file: Path)
     return replace(spec, rank_pattern=ranks, alpha_pattern=alphas)
 
 
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is damaged: it holds no JSON object")
-    return cast(dict[str, Any], found)
+def _head_tensors(head: ScalarHead) -> dict[str, Tensor]:
+    tensors = {_SCORE_WEIGHT: head.weight.detach().cpu().contiguous()}
+    return tensors | ({_SCORE_BIAS: head.bias.detach().cpu()} if bool(head.bias) else {})
+
+
+def _fill_head(head: ScalarHead, parts: Mapping[str, Tensor], trainable: bool) -> None:
+    """Give a head the values that `read_adapter` found for it; a bias that is not there is 0."""
+    for key, parameter in head.named_parameters():
+        parameter.data.copy_(parts[key] if key in parts else torch.zeros_like(parameter))
+        parameter.requires_grad_(trainable)
 
 
 def _low_rank_config(layers: Mapping[str, LoRA]) -> tuple[dict[str, Any], dict[str, float]]:
@@ -265,8 +260,16 @@ def _shapes(spec: AdapterSpec, path: str, layer: tuple[int, int]) -> dict[str, t
     return shapes | ({"lora_magnitude_vector": (outputs,)} if spec.kind == "dora" else {})
 
 
-def _read_tensors(file: Path, wanted: Mapping[str, tuple[int, ...]], trained_on: str) -> dict[str, Tensor]:
-    """The tensors of a file that must hold these and no others. Raises ValueError naming the first that is wrong."""
+def _read_tensors(
+    file: Path,
+    wanted: Mapping[str, tuple[int, ...]],
+    trained_on: str,
+    optional: Mapping[str, tuple[int, ...]],
+) -> dict[str, Tensor]:
+    """The tensors of a file that must hold these, may hold the optional ones, and no others.
+
+    Raises ValueError naming the first that is wrong.
+    """
     if not file.is_file():
         pickled = file.with_suffix(".bin").is_file()
         hint = " (adapter_model.bin is not read: it can hold code; save it again as safetensors)" if pickled else ""
@@ -275,11 +278,15 @@ def _read_tensors(file: Path, wanted: Mapping[str, tuple[int, ...]], trained_on:
         found = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged: {error}") from None
-    for verb, keys in (("lacks", wanted.keys() - found.keys()), ("has the unexpected", found.keys() - wanted.keys())):
+    wrong = {
+        "lacks": wanted.keys() - found.keys(),
+        "has the unexpected": found.keys() - wanted.keys() - optional.keys(),
+    }
+    for verb, keys in wrong.items():
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise ValueError(f"{file} {verb} {min(keys)}{more}: it is damaged, or an adapter of another base")
-    for key, shape in wanted.items():
+    for key, shape in {**wanted, **{key: shape for key, shape in optional.items() if key in found}}.items():
         if tuple(found[key].shape) != shape:
             given = tuple(found[key].shape)
             raise ValueError(f"{file}: {key} is {given}, this model's is {shape}: it was trained on {trained_on}")
@@ -314,6 +321,7 @@ def _last(path: str, separator: str = "/") -> str:
 
 
 _PREFIX = "base_model.model."
+_SCORE_WEIGHT, _SCORE_BIAS = f"{_PREFIX}{SCORE}.weight", f"{_PREFIX}{SCORE}.bias"
 
 _TENSORS = {
     "lora": {"lora_A.weight": "A", "lora_B.weight": "B"},
@@ -321,16 +329,3 @@ _TENSORS = {
     "ia3": {"ia3_l": "factors"},
 }
 """What PEFT calls the parameters of each kind of adapter."""
-
-_UNDERSTOOD = {
-    *("alpha_pattern", "lora_alpha", "lora_dropout", "r", "rank_pattern", "use_dora", "use_rslora"),
-    *("feedforward_modules", "init_ia3_weights", "init_lora_weights", "peft_type", "target_modules"),
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
-    *("megatron_core", "qalora_group_size"),
-}
-"""Options that are read, or that say nothing about what the adapter computes."""
-
-_NEUTRAL: tuple[Any, ...] = (None, False, "none", {}, [])
-"""Values by which an option that is not supported says that it is off."""
-
-_INITS_THAT_LEAVE_THE_BASE_ALONE: tuple[Any, ...] = (True, False, None, "gaussian", "eva", "orthogonal")

@@ -12,7 +12,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from burnish.model.adapter_files import ABOUT_FILE, CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_about, save_adapter
+from burnish.model.adapter_config import ABOUT_FILE, CONFIG_FILE, read_about
+from burnish.model.adapter_files import WEIGHTS_FILE, load_adapter, save_adapter
 from burnish.model.adapters import AdapterSpec, adapter_layers, adapter_names, adapter_parameters, add_adapter
 from burnish.model.checkpoint import load_model
 from burnish.model.decoder import Decoder
