@@ -56,6 +56,13 @@ def read_run(folder: Path) -> RunFolder:
     )
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all: a process that dies in between leaves what was there."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
 def labels(rows: Sequence[Row]) -> list[str]:
     """A name for each run: its method, with its folder (or else its number) where another run has the same method."""
     methods = [str(row["method"]) for row in rows]
