@@ -10,7 +10,7 @@ FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py", "base.py", "misc.py"}
 RECIPE_FORBIDDEN = (".backward(", "optimizer.step(", "all_reduce", "clip_grad")
 METHODS = {"sft", "dpo", "ppo", "grpo", "rloo", "reinforce", "reward"}
 TORCH_FREE = {"config.py", "settings.py", "cli.py", "families.py", "preflight.py", "formats.py"}
-LOSSES_MAY_IMPORT = ("burnish.ops.sequences", "burnish.types")
+LOSSES_MAY_IMPORT = ("burnish.losses", "burnish.ops.sequences", "burnish.types")
 
 
 def main() -> None:
