@@ -219,6 +219,9 @@ class KLSettings(Settings):
     place: Literal["reward", "loss"] = Field(default="reward", description="Where the cost is counted.")
     target: float | None = Field(default=None, gt=0, description="Adapt beta to hold the divergence of an answer here.")
     horizon: int = Field(default=10000, ge=1, description="How slowly beta adapts, in answers.")
+    storage: Literal["bf16", "fp32", "nf4"] = Field(
+        default="bf16", description="With full weights, how the frozen copy is kept that reference and value share."
+    )
 
 
 class TrainingSettings(Settings):

@@ -187,3 +187,5 @@ class RolloutBatch(Batch):
     advantages: "Float[Tensor, ' T']" = field(kw_only=True)
     returns: "Float[Tensor, ' T']" = field(kw_only=True)
     old_values: "Float[Tensor, ' T']" = field(kw_only=True)
+    value_weights: "Float[Tensor, ' T']" = field(kw_only=True)
+    """The weight of a position in the value model's loss."""
