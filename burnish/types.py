@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 if TYPE_CHECKING:
     import torch
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -179,13 +179,17 @@ class PreferenceBatch(Batch):
 
 @dataclass(frozen=True, slots=True)
 class RolloutBatch(Batch):
-    """A batch of rollouts with what the update needs at each position; 0 where the weight is 0."""
+    """A batch of rollouts, and what the update needs to know of them; at positions of weight 0 it is 0."""
 
+    scores: "Float[Tensor, ' S']" = field(kw_only=True)
+    """NaN where there is none."""
+    groups: "Int[Tensor, ' S']" = field(kw_only=True)
+    ended: "Bool[Tensor, ' S']" = field(kw_only=True)
     old_log_probs: "Float[Tensor, ' T']" = field(kw_only=True)
     """Of the policy that wrote the answers."""
     reference_log_probs: "Float[Tensor, ' T']" = field(kw_only=True)
+    old_values: "Float[Tensor, ' T']" = field(kw_only=True)
     advantages: "Float[Tensor, ' T']" = field(kw_only=True)
     returns: "Float[Tensor, ' T']" = field(kw_only=True)
-    old_values: "Float[Tensor, ' T']" = field(kw_only=True)
     value_weights: "Float[Tensor, ' T']" = field(kw_only=True)
     """The weight of a position in the value model's loss."""
