@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,20 @@ from torch import Tensor, nn
 from burnish.files import written_aside
 from burnish.model.blocks import Norm
 from burnish.model.decoder import Decoder
-from burnish.model.families import DecoderConfig, read_config, read_json, text_config
+from burnish.model.families import DecoderConfig, read_config, read_json, scoring_name, text_config
+from burnish.model.heads import ScalarHead, add_head
 from burnish.model.linear import Linear
 from burnish.model.storage import NF4, STORAGES, Dense
-from burnish.model.weight_files import Entry, Shape, WeightFiles, in_shards, open_weights, write_weights
+from burnish.model.weight_files import (
+    SCORE,
+    SCORE_BIAS,
+    Entry,
+    Shape,
+    WeightFiles,
+    in_shards,
+    open_weights,
+    write_weights,
+)
 
 
 def load_model(
@@ -32,16 +42,24 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     double_quant: bool = True,
+    head: str | None = None,
 ) -> Decoder:
     """The model of a folder on the device, its weights kept as `storage` says, its activations in `dtype`.
 
-    Reads one file or shards, 16- or 32-bit weights or bitsandbytes NF4. Raises ValueError naming the file and the
-    tensor that is missing, unexpected, misshapen, not finite or damaged.
+    Reads one file or shards, 16- or 32-bit weights or bitsandbytes NF4. With `head` the folder must hold a reward
+    model, whose scalar head goes by that name. Raises ValueError naming the file and the tensor that is missing,
+    unexpected, misshapen, not finite or damaged.
     """
-    config = read_config(folder)
+    config = read_config(folder, scores=head is not None)
     with open_weights(folder) as files:
         files.check(weight_shapes(config), config)
-        return Decoder(config, _Checkpoint(files, _Keeping(storage, torch.device(device), double_quant)), dtype)
+        model = Decoder(config, _Checkpoint(files, _Keeping(storage, torch.device(device), double_quant)), dtype)
+        if head is not None:
+            scalar = add_head(model, head, config.hidden_size, torch.Generator())
+            scalar.weight.data.copy_(files.weight(SCORE))
+            scalar.bias.data.copy_(files.weight(SCORE_BIAS) if SCORE_BIAS in files.where else torch.zeros(1))
+            scalar.requires_grad_(storage == "full")
+        return model
 
 
 def init_model(
@@ -70,19 +88,23 @@ def save_model(
     adapter: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     bitsandbytes: bool = False,
+    head: str | None = None,
 ) -> None:
     """Writes the model as a folder that `transformers` loads: safetensors, `config.json`, and the tokenizer's files.
 
     `source` is the folder the model was read from, whose other files are copied. With `adapter` the weights are the
     merged ones. With `bitsandbytes` a model whose storage is nf4 keeps its 4 bits, in the layout of that library, and
-    `dtype` is that of everything else and of what the 4 bits are computed with. The folder appears whole or not at all;
-    one tensor at a time is held in memory. Raises ValueError for 4 bits that are not there to be written, and for an
-    adapter on a head that is tied to the embedding.
+    `dtype` is that of everything else and of what the 4 bits are computed with. With `head`, the name of a scalar head,
+    it is a model for sequence classification with one label, and that head, in fp32, takes the place of the language
+    model's. The folder appears whole or not at all; one tensor at a time is held in memory. Raises ValueError for 4
+    bits that are not there to be written, and for an adapter on a head that is tied to the embedding.
     """
     raw = {key: value for key, value in text_config(read_json(source)).items() if key != "quantization_config"}
     raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = str(dtype).removeprefix("torch.")
     if bitsandbytes:
         raw["quantization_config"] = _quantization(model, adapter, dtype)
+    if head is not None:
+        raw |= _scoring(raw, source)
     if adapter is not None and model.config.tied and adapter in model.lm_head.adapters:
         raise ValueError(
             f"{folder}: the head is the embedding matrix itself; merged, an adapter on it would change both"
@@ -90,7 +112,8 @@ def save_model(
     with written_aside(folder) as aside:
         (aside / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         copy_tokenizer(source, aside, "generation_config.json")
-        write_weights(aside, in_shards(_entries(model, adapter, dtype, bitsandbytes), max_shard_bytes))
+        entries = _entries(model, adapter, dtype, bitsandbytes, head)
+        write_weights(aside, in_shards(entries, max_shard_bytes))
 
 
 def copy_tokenizer(source: Path, folder: Path, *others: str) -> None:
@@ -105,7 +128,7 @@ def weight_shapes(config: DecoderConfig) -> dict[str, Shape]:
     """Name and shape of every tensor that a checkpoint of this model holds."""
     outline = _Outline({})
     Decoder(config, outline, torch.float32)
-    return outline.shapes
+    return outline.shapes | ({SCORE: (1, config.hidden_size)} if config.scores else {})
 
 
 def base_fingerprint(folder: Path) -> str:
@@ -114,14 +137,14 @@ def base_fingerprint(folder: Path) -> str:
     They hash, in bf16, the first 16,384 values of every matrix, norm and bias, so that some megabytes are read of a
     model of many gigabytes. They are the same however the weights are sharded, and whether they are stored in 32 bits
     or rounded to bf16; a bitsandbytes NF4 checkpoint of the same model has digits of its own. The head is left out:
-    a tied one may be stored or not. Raises ValueError for files that cannot be read.
+    a tied one may be stored or not, and a reward model has another. Raises ValueError for files that cannot be read.
     """
     digest = hashlib.sha256()
     with open_weights(folder) as files:
         names = {files.path_of(name): name for name in files.where}
         # The scales and tables of a quantised weight are called NAME.weight.SOMETHING.
         paths = [path for path in names if path is not None and path.endswith((".weight", ".bias"))]
-        for path in sorted(path for path in paths if path != "lm_head.weight"):
+        for path in sorted(path for path in paths if path.startswith("model.")):
             shape, _ = files.header(names[path])
             part = files.tensor(names[path], first=-(-16_384 // math.prod(shape[1:])))
             digest.update(f"{path} {shape}\n".encode())
@@ -211,13 +234,20 @@ class _Checkpoint:
         return self.keeping.parameter(self.files.weight(self.files.name_of(path), self.keeping.device))
 
 
-def _entries(model: Decoder, adapter: str | None, dtype: torch.dtype, bitsandbytes: bool) -> Iterator[Entry]:
+def _entries(
+    model: Decoder, adapter: str | None, dtype: torch.dtype, bitsandbytes: bool, head: str | None
+) -> Iterator[Entry]:
     """Every tensor of the checkpoint, to be made when its turn comes."""
+    if head is not None:
+        scalar = cast(ScalarHead, model.heads[head])
+        yield Entry(SCORE, tuple(scalar.weight.shape), torch.float32, scalar.weight.detach)
+        if bool(scalar.bias):
+            yield Entry(SCORE_BIAS, (1,), torch.float32, scalar.bias.detach)
     for path, module in model.named_modules():
         if isinstance(module, Norm) or path == "model.embed_tokens":
             weight = cast(Tensor, module.weight)
             yield Entry(f"{path}.weight", tuple(weight.shape), dtype, weight.detach)
-        elif isinstance(module, Linear) and not (path == "lm_head" and model.config.tied):
+        elif isinstance(module, Linear) and not (path == "lm_head" and (model.config.tied or head is not None)):
             if bitsandbytes and isinstance(module.stored, NF4):
                 for name, tensor in module.stored.to_bitsandbytes(path, dtype).items():
                     yield Entry(name, tuple(tensor.shape), tensor.dtype, tensor.detach)
@@ -241,6 +271,41 @@ def _bias(linear: Linear, adapter: str | None) -> Tensor:
     if adapter is None or adapter not in linear.adapters:
         return bias
     return cast(Any, linear.adapters[adapter]).merge_bias(bias)
+
+
+def _scoring(raw: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """What `config.json` says of a reward model and not of the model in `source` that writes."""
+    return {
+        "architectures": [scoring_name(raw["architectures"][0])],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": _pad_id(raw, source),
+    }
+
+
+def _pad_id(raw: Mapping[str, Any], source: Path) -> int | None:
+    """A token that pads and ends nothing: `transformers` reads the score before the last run of it.
+
+    None where the tokenizer has none: then it refuses to score several answers at once, and misreads none.
+    """
+    tokens = _json_object(source / "tokenizer.json").get("added_tokens") or []
+    ids: dict[str, int] = {token["content"]: token["id"] for token in tokens}
+    named = _json_object(source / "special_tokens_map.json") | _json_object(source / "tokenizer_config.json")
+
+    def id_of(name: str) -> int | None:
+        token: Any = named.get(name)
+        return ids.get(token["content"] if isinstance(token, dict) else token or "")
+
+    ends: set[Any] = {id_of("eos_token")}
+    for config in (raw, _json_object(source / "generation_config.json")):
+        end = config.get("eos_token_id")
+        ends |= set(cast(list[int], end)) if isinstance(end, list) else {end}
+    candidates = (raw.get("pad_token_id"), id_of("pad_token"), id_of("unk_token"))
+    return next((token for token in candidates if token is not None and token not in ends), None)
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _quantization(model: Decoder, adapter: str | None, dtype: torch.dtype) -> dict[str, Any]:

@@ -7,23 +7,17 @@ Importing this file does not import torch, so that a wrong path or an unknown ar
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from burnish.model.ropes import Rope, head_dim_of, rope_of
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "base"
 """The base model that ships with the package: `model.path=embedded`."""
 
 Config = dict[str, Any]
 """The content of a `config.json`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """A rotary embedding: pair i of a head turns by position · frequencies[i]; cos and sin are scaled by `scale`."""
-
-    frequencies: tuple[float, ...]
-    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +65,8 @@ class DecoderConfig:
     attention_softcap: float | None = None
     final_softcap: float | None = None
     initializer_range: float = 0.02
+    scores: bool = False
+    """A reward model: `score`, one number wide, is stored in place of a language model's head."""
 
 
 def find_model(path: str, revision: str | None = None) -> Path:
@@ -102,17 +98,25 @@ def read_json(folder: Path) -> Config:
     return raw
 
 
-def read_config(folder: Path) -> DecoderConfig:
-    """The decoder that `config.json` describes. Raises ValueError naming what is unknown, missing or unsupported."""
-    return parse_config(read_json(folder), str(folder / "config.json"))
+def read_config(folder: Path, scores: bool = False) -> DecoderConfig:
+    """The decoder that `config.json` describes, of a model that writes or, with `scores`, of a reward model.
+
+    Raises ValueError naming what is unknown, missing or unsupported, and for a model of the other kind.
+    """
+    return parse_config(read_json(folder), str(folder / "config.json"), scores)
 
 
-def parse_config(raw: Config, place: str = "config.json") -> DecoderConfig:
+def parse_config(raw: Config, place: str = "config.json", scores: bool = False) -> DecoderConfig:
     """The decoder that the content of a `config.json` describes; `place` begins every error message."""
     known = ", ".join(sorted(FAMILIES))
     names: list[str] = raw.get("architectures") or []
     if not names:
         raise ValueError(f"{place}: `architectures` is missing; write one of {known}")
+    if names[0].endswith(_SCORING) != scores:
+        kinds = ("gives scores and writes no text", "writes text and has no head that scores")
+        raise ValueError(f"{place}: a {names[0]} {kinds[scores]}")
+    if scores:
+        return _parse_scoring(raw, place)
     if names[0] not in FAMILIES:
         raise ValueError(f"{place}: architecture {names[0]} is not known; known are {known}")
     quantized: Config = raw.get("quantization_config") or {}
@@ -128,12 +132,29 @@ def parse_config(raw: Config, place: str = "config.json") -> DecoderConfig:
     return config
 
 
+def scoring_name(architecture: str) -> str:
+    """What `transformers` calls the model for sequence classification beside a model that writes."""
+    gemma = {"Gemma3ForCausalLM": "Gemma3Text", "Gemma3ForConditionalGeneration": "Gemma3Text"}
+    return gemma.get(architecture, architecture.removesuffix("ForCausalLM")) + _SCORING
+
+
 def text_config(raw: Config) -> Config:
     """The `config.json` of the language model alone: of a model that also sees, its `text_config`."""
     if "text_config" not in raw:
         return raw
     kept = {key: raw[key] for key in ("eos_token_id", "bos_token_id", "pad_token_id", "dtype") if key in raw}
     return {**kept, **raw["text_config"], "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+
+
+def _parse_scoring(raw: Config, place: str) -> DecoderConfig:
+    """The decoder of a reward model: its family's, whose head nobody asks for and the files do not have."""
+    name = raw["architectures"][0]
+    writer = next((family for family in FAMILIES if scoring_name(family) == name), name)
+    labels = len(raw["id2label"]) if raw.get("id2label") else int(raw.get("num_labels", 2))  # their default is 2
+    if labels != 1:
+        raise ValueError(f"{place}: a reward model gives one number, this {name} has {labels} labels")
+    config = parse_config({**raw, "architectures": [writer]}, place)
+    return replace(config, architecture=name, tied=True, scores=True)
 
 
 def _llama(raw: Config) -> DecoderConfig:
@@ -180,7 +201,7 @@ def _gemma3(raw: Config) -> DecoderConfig:
         "sliding_attention": {"rope_theta": raw.get("rope_local_base_freq", 1e4)},
     }
     ropes = tuple(
-        _rope({**raw, "head_dim": raw.get("head_dim", 256), "rope_parameters": given[kind]})
+        rope_of({**raw, "head_dim": raw.get("head_dim", 256), "rope_parameters": given[kind]})
         for kind in ("full_attention", "sliding_attention")
     )
     windows = _patterned_windows(raw, period=raw["sliding_window_pattern"])
@@ -230,7 +251,7 @@ def _decoder(
     """What all families share. `windows` and `uses` (the rope of each layer) have an entry per layer."""
     hidden, heads, num_layers = (int(raw[key]) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     kv_heads = int(raw.get("num_key_value_heads") or heads)
-    head_dim = _head_dim(raw)
+    head_dim = head_dim_of(raw)
     if heads % kv_heads:
         raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     activation = raw.get("hidden_act", "silu")
@@ -254,15 +275,11 @@ def _decoder(
         tied=bool(raw.get("tie_word_embeddings", False)),
         activation=_ACTIVATIONS[activation],
         attention_scale=rules.pop("attention_scale", head_dim**-0.5),
-        ropes=(_rope(raw),) if ropes is None else ropes,
+        ropes=(rope_of(raw),) if ropes is None else ropes,
         layers=layers,
         initializer_range=float(raw.get("initializer_range", 0.02)),
         **rules,
     )
-
-
-def _head_dim(raw: Config) -> int:
-    return int(raw.get("head_dim") or int(raw["hidden_size"]) // int(raw["num_attention_heads"]))
 
 
 def _gemma2_rules(raw: Config) -> dict[str, Any]:
@@ -291,76 +308,6 @@ def _patterned_windows(raw: Config, period: int) -> list[int | None]:
     return [raw["sliding_window"] if kind == "sliding_attention" else None for kind in kinds]
 
 
-def _rope(raw: Config) -> Rope:
-    """The rotary embedding from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling`."""
-    given: Config = {**(raw.get("rope_parameters") or raw.get("rope_scaling") or {})}
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in _ROPES or (kind != "default" and raw["architectures"][0].startswith("Phi3")):
-        supported = ", ".join(_ROPES)
-        raise ValueError(f"rope type {kind} is not supported for {raw['architectures'][0]}; supported are {supported}")
-    theta = float(given.get("rope_theta", raw.get("rope_theta", 10000.0)))
-    partial = raw["architectures"][0].startswith("Phi3")  # transformers reads the factor for no other of our families
-    share = float(given.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))) if partial else 1.0
-    trained = raw.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
-    given["original_max_position_embeddings"] = trained or raw.get("max_position_embeddings", 2048)
-    given["theta"], given["max_position_embeddings"] = theta, raw.get("max_position_embeddings", 2048)
-    num_turned = int(_head_dim(raw) * share)
-    plain = tuple(theta ** (-i / num_turned) for i in range(0, num_turned, 2))
-    return _ROPES[kind](plain, given)
-
-
-def _plain_rope(plain: tuple[float, ...], given: Config) -> Rope:
-    return Rope(plain)
-
-
-def _linear_rope(plain: tuple[float, ...], given: Config) -> Rope:
-    """Positions divided by the factor (Chen et al. 2023, 2306.15595)."""
-    return Rope(tuple(f / given["factor"] for f in plain))
-
-
-def _llama3_rope(plain: tuple[float, ...], given: Config) -> Rope:
-    """Long wavelengths are stretched by the factor, short ones kept, those between blended (Llama 3.1)."""
-    low, high, trained = (
-        float(given[key]) for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    )
-
-    def stretched(frequency: float) -> float:
-        turns = trained * frequency / (2 * math.pi)
-        keep = min(max((turns - low) / (high - low), 0.0), 1.0)
-        return keep * frequency + (1 - keep) * frequency / given["factor"]
-
-    return Rope(tuple(stretched(f) for f in plain))
-
-
-def _yarn_rope(plain: tuple[float, ...], given: Config) -> Rope:
-    """YaRN (Peng et al. 2023, 2309.00071, eq. 17-22): interpolate slow pairs, keep fast ones, and scale cos and sin."""
-    trained, num_turned = float(given["original_max_position_embeddings"]), 2 * len(plain)
-    factor = float(given.get("factor") or given["max_position_embeddings"] / trained)
-
-    def pair_turning(turns: float) -> float:
-        return num_turned * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(given["theta"]))
-
-    low, high = pair_turning(given.get("beta_fast") or 32), pair_turning(given.get("beta_slow") or 1)
-    if given.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, num_turned - 1)
-    width = max(high - low, 0.001)
-    interpolated = [min(max((i - low) / width, 0.0), 1.0) for i in range(len(plain))]
-    frequencies = tuple(f * (1 - s) + f / factor * s for f, s in zip(plain, interpolated, strict=True))
-    return Rope(frequencies, _yarn_scale(given, factor))
-
-
-def _yarn_scale(given: Config, factor: float) -> float:
-    def growth(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-    if given.get("attention_factor") is not None:
-        return float(given["attention_factor"])
-    if given.get("mscale") and given.get("mscale_all_dim"):
-        return growth(given["mscale"]) / growth(given["mscale_all_dim"])
-    return growth(1.0)
-
-
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -373,14 +320,9 @@ def _download(name: str, revision: str | None) -> Path:
         raise ValueError(f"model.path: {name} is no folder, and the hub did not give it: {reason}") from None
 
 
-_ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_SCORING = "ForSequenceClassification"
 
-_ROPES: dict[str, Callable[[tuple[float, ...], Config], Rope]] = {
-    "default": _plain_rope,
-    "linear": _linear_rope,
-    "llama3": _llama3_rope,
-    "yarn": _yarn_rope,
-}
+_ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 FAMILIES: dict[str, Callable[[Config], DecoderConfig]] = {
     "LlamaForCausalLM": _llama,

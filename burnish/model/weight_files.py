@@ -16,6 +16,8 @@ from burnish.model.storage import NF4
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SCORE, SCORE_BIAS = "score.weight", "score.bias"
+"""The head of a reward model; of a bias `transformers` knows nothing, so that it is stored only where it is not 0."""
 
 Shape = tuple[int, ...]
 
@@ -68,12 +70,16 @@ class WeightFiles:
 
     def name_of(self, path: str) -> str:
         """What the files call what the decoder calls `path`."""
+        if path == SCORE:
+            return SCORE
         return self._head if path == _HEAD else self._prefix + path.removeprefix("model.")
 
     def path_of(self, name: str) -> str | None:
         """What the decoder calls what the files call `name`; None for a tensor outside the decoder."""
         if name == self._head:
             return _HEAD
+        if name in (SCORE, SCORE_BIAS):
+            return name
         return f"model.{name.removeprefix(self._prefix)}" if name.startswith(self._prefix) else None
 
     def header(self, name: str) -> tuple[Shape, torch.dtype]:
@@ -133,6 +139,7 @@ class WeightFiles:
                 raise ValueError(f"{self.where[name]}: {name} has shape {found} where config.json asks for {shape}")
         known = (*(f"{name}." for name in wanted if self.is_nf4(name)), *_IGNORED)
         spare = {name for name in self.where if name not in wanted and not name.startswith(known)}
+        spare -= {SCORE_BIAS} if SCORE in wanted else set[str]()
         spare = {name for name in spare if not name.endswith(".rotary_emb.inv_freq")}
         if config.tied and self._head in spare:
             spare.remove(self._head)
