@@ -1,0 +1,68 @@
+"""One file with everything that the peers need on a machine without a network: .peers/peers.tar.gz.
+
+python benchmarks/peers/fetch.py [folder]
+
+Wheels for CPython 3.12 on Linux x86-64 are downloaded without dependencies (`wheels.txt` names them all) and unpacked
+into `site/`; TRL 1.12, the last with a PPO, is unpacked apart, into `trl112/`. What a CUDA 13.0 machine does not read
+is left out, so that the whole packs to about 26 MB. On that machine:
+
+    tar xzf .peers/peers.tar.gz -C /tmp/peers
+    python -m benchmarks.dpo peers=/tmp/peers
+"""
+
+import fnmatch
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+WHEELS = Path(__file__).with_name("wheels.txt")
+PPO = "trl==1.12.0"
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+LEFT_OUT = ("studio/*", "*.data/scripts/*")
+"""Paths in a wheel that nothing here reads: a web application, command lines."""
+LIBRARIES, KEPT = "bitsandbytes/libbitsandbytes_*.so", "bitsandbytes/libbitsandbytes_cuda130.so"
+
+
+def main(folder: Path) -> None:
+    """Downloads, unpacks, leaves out, packs; prints the size of what came of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for place, wanted in (("site", ["-r", str(WHEELS)]), ("trl112", [PPO])):
+            wheels = download(wanted, Path(scratch) / f"wheels-{place}")
+            for wheel in wheels:
+                unpack(wheel, Path(scratch) / place)
+            print(f"{place}: {len(wheels)} wheels")
+        packed = folder / "peers.tar.gz"
+        with tarfile.open(packed, "w:gz") as tar:
+            for place in ("site", "trl112"):
+                tar.add(Path(scratch) / place, place)
+    print(f"{packed}: {packed.stat().st_size / 2**20:.1f} MiB")
+
+
+def download(wanted: list[str], folder: Path) -> list[Path]:
+    """The wheels that pip finds for the other machine, whatever this one is."""
+    kind = ["--python-version", "3.12", "--implementation", "cp", "--only-binary=:all:", "--no-deps"]
+    platforms = [word for name in PLATFORMS for word in ("--platform", name)]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", *kind, *platforms, "-d", str(folder), *wanted]
+    subprocess.run(command, check=True)
+    return sorted(folder.glob("*.whl"))
+
+
+def unpack(wheel: Path, folder: Path) -> None:
+    """Every file of the wheel that is read there, under the folder."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder, [name for name in archive.namelist() if is_read(name)])
+
+
+def is_read(name: str) -> bool:
+    """Whether a path in a wheel is of use on a CUDA 13.0 machine."""
+    if fnmatch.fnmatch(name, LIBRARIES):
+        return name == KEPT
+    return not any(fnmatch.fnmatch(name, pattern) for pattern in LEFT_OUT)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else ".peers"))

@@ -1,0 +1,33 @@
+"""A trainer's callback that waits for its turn and times it."""
+
+import sys
+from typing import Any
+
+from transformers import TrainerCallback
+
+from benchmarks.meter import Meter
+from benchmarks.turns import listen, say
+
+
+class Gate(TrainerCallback):
+    """It waits for a request before a turn's first step, and answers after its last."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+        self.about: dict[str, Any] = {}
+        self._opened = False
+
+    def on_step_begin(self, *args: object, **given: object) -> None:
+        """Wait, if a turn begins, and start the clock."""
+        if self.meter.fresh:
+            if not self._opened:
+                say(self.about)
+            self._opened = True
+            if listen() is None:
+                sys.exit(0)
+        self.meter.begin()
+
+    def on_step_end(self, *args: object, **given: object) -> None:
+        """Stop the clock; at the end of a turn give its reading."""
+        if self.meter.end():
+            say(self.meter.reading())
