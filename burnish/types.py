@@ -175,6 +175,8 @@ class PreferenceBatch(Batch):
     """The sum of pair_weights: comparisons that have pairs."""
     num_labels: int = field(kw_only=True)
     """Sequences that are labelled wanted or unwanted."""
+    reference_log_probs: "Float[Tensor, ' T'] | None" = field(default=None, kw_only=True)
+    """Of the frozen reference, where a loss asks one; 0 where the weight is 0."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,190 @@
+"""The log-probs of a frozen reference: asked batch by batch, or once before training and kept on disk.
+
+With full weights the second is the only way: what training starts from is the reference, and the first step changes it.
+Log-probs of a token depend on the tokens before it and on the model alone. So that is what they are found by: not by a
+loss and its settings, the learning rate, the order of the data or a folder's name.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy
+import safetensors
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+import burnish
+from burnish.data.cache import default_folder
+from burnish.engine.mesh import Mesh
+from burnish.engine.roles import Role
+from burnish.engine.start import Start
+from burnish.model.checkpoint import base_fingerprint
+from burnish.settings import ModelSettings
+from burnish.types import Comparison, PreferenceBatch
+from burnish.types import Sequence as TokenSequence
+
+NAME_BYTES = 16
+
+Refer = Callable[[PreferenceBatch], PreferenceBatch]
+"""Takes a batch of the host to the device, with what the reference makes of it."""
+Known = Mapping[bytes, NDArray[numpy.float32]]
+"""The log-probs of the scored tokens of sequences, by name: see `contents`."""
+
+
+class Stream(Protocol):
+    """What `data.comparing.ComparisonStream` is asked for."""
+
+    def steps_in(self, epochs: float) -> int:
+        """Steps until so many passes over the data are complete."""
+        ...
+
+    def step(self, index: int) -> list[PreferenceBatch]:
+        """The micro-batches of this rank at a step."""
+        ...
+
+
+def no_reference(mesh: Mesh) -> Refer:
+    """For losses that ask none."""
+    return lambda batch: batch.to(mesh.device)
+
+
+def asked(role: Role, mesh: Mesh) -> Refer:
+    """The reference is asked about each batch as it comes."""
+
+    @torch.no_grad()
+    def refer(batch: PreferenceBatch) -> PreferenceBatch:
+        batch = batch.to(mesh.device)
+        return replace(batch, reference_log_probs=role.log_probs(batch))
+
+    return refer
+
+
+def looked_up(known: Known, mesh: Mesh) -> Refer:
+    """What the reference said before training, found again by the content of each sequence."""
+
+    def refer(batch: PreferenceBatch) -> PreferenceBatch:
+        found = numpy.zeros(len(batch.tokens), numpy.float32)
+        for name, scored in contents(batch):
+            found[scored] = known[name]
+        return replace(batch, reference_log_probs=torch.from_numpy(found)).to(mesh.device)
+
+    return refer
+
+
+@torch.no_grad()
+def ask_about_all(
+    role: Role, streams: Sequence[Stream], mesh: Mesh, progress: Callable[[int, int], None] | None = None
+) -> Known:
+    """What the reference says of every sequence that one pass over each stream brings; the ranks share the work."""
+    known: dict[bytes, NDArray[numpy.float32]] = {}
+    steps = [(stream, step) for stream in streams for step in range(stream.steps_in(1))]
+    for done, (stream, step) in enumerate(steps, 1):
+        own: dict[bytes, NDArray[numpy.float32]] = {}
+        for batch in stream.step(step):
+            log_probs = role.log_probs(batch.to(mesh.device)).cpu().numpy()
+            own |= {name: log_probs[scored] for name, scored in contents(batch)}
+        for part in mesh.collect(own):
+            known |= part
+        if progress is not None:
+            progress(done, len(steps))
+    return known
+
+
+def remembered(
+    units: Iterable[Comparison],
+    about: Mapping[str, Any],
+    ask: Callable[[], Known],
+    mesh: Mesh,
+    folder: Path | None = None,
+) -> Known:
+    """The log-probs of all sequences of the units: from disk where they are there, else asked for and kept there.
+
+    `about` names the model that is asked. A file that is damaged is as good as none.
+    """
+    names = sorted({_name_of(sequence) for unit in units for sequence in unit.sequences})
+    key = hashlib.sha256(json.dumps({**about, "burnish": burnish.__version__}, sort_keys=True).encode())
+    key.update(b"".join(names))
+    path = (folder or default_folder().with_name("reference")) / f"{key.hexdigest()[:32]}.safetensors"
+    known = _load(path, names)
+    if mesh.any(known is None) or known is None:
+        known = ask()
+        assert known.keys() >= set(names)
+        if mesh.is_main:
+            _store(path, names, known)
+    return known
+
+
+def about_model(
+    start: Start, model: ModelSettings, adapter: bool, dtype: torch.dtype, device: torch.device, seed: int
+) -> dict[str, Any]:
+    """What of a model decides its log-probs; `adapter`: whether the one it starts from is part of it."""
+    parts: dict[str, Any] = {"storage": model.storage, "dtype": str(dtype), "device": device.type}
+    if model.storage == "nf4":
+        parts["double_quant"] = model.double_quant
+    if model.init == "random":
+        parts["base"] = hashlib.sha256((start.base / "config.json").read_bytes()).hexdigest() + f" {seed}"
+    else:
+        parts["base"] = base_fingerprint(start.base)
+    if adapter and start.adapter is not None:
+        files = sorted(start.adapter.glob("adapter_*"))
+        parts["adapter"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    return parts
+
+
+def contents(batch: PreferenceBatch) -> list[tuple[bytes, NDArray[numpy.int64]]]:
+    """Each sequence of a host's batch: its name, and its scored positions in the batch."""
+    tokens, scored = batch.tokens.numpy(), batch.weights.numpy() != 0
+    found: list[tuple[bytes, NDArray[numpy.int64]]] = []
+    prefixes = batch.prefixes or ((0, 0),) * batch.num_sequences
+    for (begin, length), (start, end) in zip(prefixes, pairwise(batch.starts.tolist()), strict=True):
+        ids = numpy.concatenate([tokens[begin : begin + length], tokens[start:end]])
+        of_prefix = numpy.zeros(length, numpy.bool_)
+        name = _name(ids, numpy.concatenate([of_prefix, scored[start:end]]))
+        found.append((name, start + numpy.flatnonzero(scored[start:end])))
+    return found
+
+
+def _name_of(sequence: TokenSequence) -> bytes:
+    weights = numpy.asarray([*sequence.weights[1:], 0.0])  # of the token that follows, as in a batch
+    return _name(numpy.asarray(sequence.ids, numpy.int64), weights != 0)
+
+
+def _name(ids: NDArray[numpy.int64], scored: NDArray[numpy.bool_]) -> bytes:
+    """Its tokens, and at which positions the next one is scored."""
+    return hashlib.blake2b(ids.tobytes() + scored.tobytes(), digest_size=NAME_BYTES).digest()
+
+
+def _load(path: Path, names: Sequence[bytes]) -> Known | None:
+    try:
+        arrays = load_file(path)
+        ends, log_probs = arrays["ends"], arrays["log_probs"]
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError):
+        return None
+    whole = len(ends) == len(names) and log_probs.dtype == numpy.float32 and numpy.isfinite(log_probs).all()
+    if not whole or (len(ends) and (int(ends[-1]) != len(log_probs) or (numpy.diff(ends, prepend=0) < 0).any())):
+        return None
+    return dict(zip(names, numpy.split(log_probs, ends[:-1]), strict=True))
+
+
+def _store(path: Path, names: Sequence[bytes], known: Known) -> None:
+    """Write the log-probs in the order of the names, whole or not at all; a run needs no file to go on."""
+    values = [known[name] for name in names]
+    arrays = {"ends": numpy.cumsum([len(value) for value in values]), "log_probs": numpy.concatenate(values)}
+    aside = path.with_name(f".new-{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(arrays, aside)
+        aside.replace(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        tqdm.write(
+            f"reference log-probs could not be kept in {path.parent} ({error}): the next run computes them again"
+        )
