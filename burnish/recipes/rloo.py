@@ -1,0 +1,87 @@
+"""RLOO: several answers to each prompt, and REINFORCE on whole answers with the mean of the others as the baseline.
+
+Ahmadian et al. 2024 (arXiv 2402.14740). No value model, no clipping; the KL divergence is part of the reward.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from pydantic import Field
+
+from burnish.sampling.task import open_task
+from burnish.settings import ReinforcementSettings, RolloutSettings
+from burnish.types import RolloutBatch
+
+
+class GroupRolloutSettings(RolloutSettings):
+    """How the policy answers prompts in training: several times each."""
+
+    prompts: int = Field(default=16, ge=1, description="Prompts per step, over all ranks.")
+    samples: int = Field(default=4, ge=2, description="Answers to each prompt, which are compared with each other.")
+
+
+class Config(ReinforcementSettings):
+    """The settings of RLOO: those that reinforcement learning has in common. Each step is one update."""
+
+    rollout: GroupRolloutSettings = GroupRolloutSettings.model_construct()
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Trains and evaluates; gives the run's row of results, which is also in results.json of its folder."""
+    # 1. Prompts, and whatever can be wrong before torch is loaded.
+    task = open_task(config)
+    config = task.config
+
+    import torch
+
+    from burnish.engine.assemble import learner_of, save_trained
+    from burnish.engine.mesh import open_mesh
+    from burnish.engine.run import Run
+    from burnish.evaluate.judge import open_judge
+    from burnish.losses.advantage import leave_one_out
+    from burnish.losses.kl import ESTIMATORS
+    from burnish.losses.policy import reinforce_loss
+    from burnish.ops.sequences import sequence_sums
+    from burnish.report.results import finish, method_name
+    from burnish.sampling.cast import open_cast
+    from burnish.sampling.experience import compared, num_answers
+    from burnish.sampling.practice import Practice
+
+    with open_mesh(config.run.device) as mesh:
+        # 2. The policy learns; the reference and the reward stay as they are.
+        cast = open_cast(task, mesh)
+        policy, reference = cast.policy, cast.reference
+        learner = learner_of(cast.policy_parameters, config.optim, task.steps, mesh)
+        practice = Practice(task, cast, mesh)
+
+        # 3. Before any weight changes: log-probs of the answers, and what each is worth: R = score − β Σ_t k_t.
+        def observe(batch: RolloutBatch) -> RolloutBatch:
+            old = policy.log_probs(batch).detach()  # by the very pass that the update makes, so that ratios start at 1
+            with torch.no_grad():
+                return replace(batch, old_log_probs=old, reference_log_probs=reference.log_probs(batch))
+
+        def worth(batch: RolloutBatch) -> torch.Tensor:
+            kl_T = ESTIMATORS[config.kl.estimator](batch.old_log_probs, batch.reference_log_probs)
+            counted_T = torch.where(batch.weights != 0, kl_T, 0.0)
+            return batch.scores - practice.controller.beta * sequence_sums(counted_T, batch)
+
+        # 4. The loss: −A_i Σ_t log π(y_t), where A_i is R_i less the mean R of the group's other answers.
+        def objective(batch: RolloutBatch):
+            return reinforce_loss(policy.log_probs(batch), batch.old_log_probs, batch.advantages, batch.weights)
+
+        judge = open_judge(task, cast)
+        with Run(config, [learner], cast.models, task.steps, practice.fingerprint, practice.states) as run:
+            before = run.once("before", judge.verdict)
+            for step in run.steps():
+                minibatches = compared(practice.experience(step, observe), worth, leave_one_out)
+                with practice.phases("update"):
+                    done = [learner.step(minibatch, objective, count=num_answers) for minibatch in minibatches]
+                run.log(practice.metrics(step, minibatches, done))
+                run.write_json("answers.json", practice.samples())
+                if config.evaluate.every and (step + 1) % config.evaluate.every == 0:
+                    run.log_evaluation(judge.verdict()["metrics"])
+            after = run.once("after", judge.verdict)
+
+            # 5. What is left of it: an adapter or a model, the table, the page.
+            save_trained(learner, policy.model, run.folder, task.start, config, task.tokenizer, task.template)
+            return finish(run, run.folder, method_name(config, "RLOO"), before, after)

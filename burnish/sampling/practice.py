@@ -1,0 +1,91 @@
+"""A step of reinforcement learning up to its update: answer, score, arrange, observe; and what it says of the run."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from burnish.engine.mesh import Mesh
+from burnish.losses.kl import KLController
+from burnish.sampling.cast import Cast
+from burnish.sampling.experience import Actor, Minibatches, Phases, arrange, averaged
+from burnish.sampling.health import Health, line, vital_signs
+from burnish.sampling.task import C, Task
+from burnish.types import Rollout, RolloutBatch
+
+NUM_SAMPLES = 8
+"""Answers of the latest step that are kept for people to read."""
+
+
+class Practice:
+    """Has the policy answer the prompts of each step and the reward score the answers.
+
+    `controller` holds what the KL divergence costs. Its state, with that of the reward, is `states`, which a run saves.
+    """
+
+    def __init__(self, task: Task[C], cast: Cast, mesh: Mesh, minibatches: int = 1) -> None:
+        config = task.config
+        self.cast, self.mesh, self.minibatches = cast, mesh, minibatches
+        self.seed, self.budget = config.run.seed, config.run.microbatch_tokens
+        self.stream = task.stream(mesh.rank, mesh.world)
+        self.actor = Actor(cast.policy, task.tokenizer, task.template, config.rollout, config.run.seed, mesh)
+        self.controller = KLController(config.kl.beta, config.kl.target, config.kl.horizon)
+        self.states = {"kl": self.controller}
+        self.health, self.phases = Health(), Phases(mesh.device)
+        self.rollouts: list[Rollout] = []
+
+    @property
+    def fingerprint(self) -> str:
+        """A name for everything that decides which prompts a step holds."""
+        return self.stream.fingerprint
+
+    def experience(self, step: int, observe: Callable[[RolloutBatch], RolloutBatch]) -> Minibatches:
+        """The step's minibatches, as the policy answers and as `observe` completes each micro-batch."""
+        self.phases.seconds.clear()
+        with self.phases("rollout"):
+            answered = self.actor.answer(self.stream.step(step), step)
+        with self.phases("scoring"):
+            scores = self.cast.reward.score(answered)
+        self.rollouts = [replace(rollout, score=score) for rollout, score in zip(answered, scores, strict=True)]
+        with self.phases("observing"):
+            arranged = arrange(self.rollouts, self.minibatches, self.budget, (self.seed, step), self.mesh)
+            return [[observe(batch) for batch in minibatch] for minibatch in arranged]
+
+    def metrics(
+        self, step: int, minibatches: Minibatches, updates: Sequence[Mapping[str, float]], **more: Sequence[Any]
+    ) -> dict[str, float]:
+        """What there is to log of a step: vital signs, the updates' means, seconds by phase. Warns where it is unwell.
+
+        `updates` are the learner's, and `more` those of others by name, which becomes the prefix of their metrics.
+        """
+        # The update's first pass is the one that the old log-probs came from: any other ratio than 1 is our mistake.
+        assert not updates or updates[0]["approx_kl"] == 0, f"the first ratio is not 1: {updates[0]['approx_kl']}"
+        signs = vital_signs(self.rollouts, [b for minibatch in minibatches for b in minibatch], self.mesh)
+        found = averaged(updates) | signs | {"beta": self.controller.beta}
+        for name, others in more.items():
+            found |= averaged(others, f"{name}_")
+        found.setdefault("tokens", found.pop("value_tokens", 0.0))
+        found.setdefault("loss", found.get("value_loss", 0.0))
+        found |= {f"{name}_seconds": seconds for name, seconds in self.phases.seconds.items()}
+        answers = self.mesh.sum(torch.tensor(float(len(self.rollouts)), device=self.mesh.device)).item()
+        self.controller.update(signs["kl"], int(answers))
+        if self.mesh.is_main:
+            tqdm.write(f"step {step + 1}: {line(found)}")
+            for warning in self.health.warnings(found, step):
+                tqdm.write(f"warning: {warning}")
+        return found
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Some answers of the latest step, for people to read."""
+        return [
+            {
+                "prompt": rollout.prompt.messages[-1].content,
+                "answer": rollout.answer,
+                "score": rollout.score,
+                "ended": rollout.ended,
+                "tokens": len(rollout.answer_ids),
+            }
+            for rollout in self.rollouts[:NUM_SAMPLES]
+        ]
