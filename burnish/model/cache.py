@@ -8,10 +8,11 @@ from burnish.model.families import DecoderConfig
 
 
 class Cache:
-    """Room for `max_tokens` positions in each of `num_slots` slots; slots may hold different lengths.
+    """Room for `max_tokens` positions in each of so many slots; slots may hold different lengths.
 
-    A forward pass says first where its tokens go (`aim`), then every block stores its keys and values there (`store`),
-    and at last the tokens count as held (`advance`).
+    A forward pass says first where its tokens go (`aim`, `aim_next`), then every block stores its keys and values there
+    (`store`), and at last the tokens count as held (`fill`, `advance`). Its tensors stay where they are in memory for
+    as long as it lives, and nothing that `decode` does with them waits for the device: CUDA graphs can hold it.
     """
 
     def __init__(
@@ -22,36 +23,39 @@ class Cache:
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in config.layers]
         self.lengths_S: Int[Tensor, " S"] = torch.zeros(num_slots, device=device, dtype=torch.long)
         """Tokens held in each slot."""
-        self.longest = 0
-        """No slot holds more; known on the host."""
         self.max_tokens = max_tokens
+        self.num_slots = num_slots
+        """Slots in use, the first ones: the others cost nothing."""
+        self.longest = 0
+        """No slot whose tokens matter holds more; known on the host."""
+        self.rounding = 1
+        """A new token reads as many places as the longest slot holds, rounded up to a multiple of this."""
         self._windows = tuple({layer.window for layer in config.layers})
         self._slots_T, self._places_T = self.lengths_S, self.lengths_S
         self._seen: dict[int | None, Bool[Tensor, "S M"]] = {}
 
     @property
-    def num_slots(self) -> int:
-        """How many sequences fit."""
-        return self.lengths_S.shape[0]
+    def context(self) -> int:
+        """How many places of each slot the next token will read, its own included."""
+        return min(self.max_tokens, -(-(self.longest + 1) // self.rounding) * self.rounding)
 
     def aim(self, slots_T: Int[Tensor, " T"], places_T: Int[Tensor, " T"], longest: int) -> None:
-        """The tokens of the coming pass go to these places of these slots; no slot will hold more than `longest`."""
-        if longest > self.max_tokens:
-            raise ValueError(
-                f"the cache holds {self.max_tokens} tokens a slot and {longest} are wanted: make it larger"
-            )
+        """The tokens of the coming pass go to these places of these slots, none of which will hold over `longest`."""
+        self._check(longest)
         self._slots_T, self._places_T, self.longest = slots_T, places_T, max(longest, self.longest)
 
-    def aim_next(self) -> None:
-        """The coming pass has one token per slot, which goes behind what the slot holds."""
-        slots = torch.arange(self.num_slots, device=self.lengths_S.device)
-        self.aim(slots, self.lengths_S, self.longest + 1)
-        place_M = torch.arange(self.longest, device=self.lengths_S.device)
-        back_SM = self.lengths_S[:, None] - place_M
+    def aim_next(self) -> Int[Tensor, " S"]:
+        """The coming pass has one token per slot in use, which goes behind what the slot holds: its place there."""
+        self._check(self.longest + 1)
+        # A slot whose tokens no longer matter may be full: it goes on writing to its last place.
+        places_S = self.lengths_S[: self.num_slots].clamp(max=self.max_tokens - 1)
+        self._slots_T, self._places_T = torch.arange(self.num_slots, device=places_S.device), places_S
+        back_SM = places_S[:, None] - torch.arange(self.context, device=places_S.device)
         self._seen = {
-            window: (back_SM >= 0) & (back_SM < (self.longest if window is None else window))
+            window: (back_SM >= 0) & (back_SM < (self.max_tokens if window is None else window))
             for window in self._windows
         }
+        return places_S
 
     def store(self, layer: int, k_TGC: Float[Tensor, "T G C"], v_TGC: Float[Tensor, "T G C"]) -> None:
         """Keep the keys and values of a layer where `aim` said."""
@@ -61,15 +65,28 @@ class Cache:
     def held(
         self, layer: int, window: int | None
     ) -> tuple[Float[Tensor, "S G M C"], Float[Tensor, "S G M C"], Bool[Tensor, "S M"]]:
-        """Keys and values of a layer as far as any slot is filled, and which of them the new token sees."""
-        return self.keys[layer][:, :, : self.longest], self.values[layer][:, :, : self.longest], self._seen[window]
+        """Keys and values of a layer in the slots in use, and which of them the new tokens see."""
+        used = slice(0, self.num_slots), slice(None), slice(0, self.context)
+        return self.keys[layer][used], self.values[layer][used], self._seen[window]
 
-    def advance(self, lengths_S: Int[Tensor, " S"]) -> None:
-        """The slots now hold so many tokens."""
-        self.lengths_S = lengths_S
+    def fill(self, slots_S: Int[Tensor, " s"], lengths_S: Int[Tensor, " s"]) -> None:
+        """These slots now hold so many tokens."""
+        self.lengths_S[slots_S] = lengths_S
 
-    def keep(self, slots: Int[Tensor, " S"]) -> None:
-        """Only these slots, in this order: sequences that are finished cost nothing more."""
-        self.keys = [k.index_select(0, slots) for k in self.keys]
-        self.values = [v.index_select(0, slots) for v in self.values]
-        self.lengths_S = self.lengths_S[slots]
+    def advance(self) -> None:
+        """Every slot in use now holds one token more."""
+        self.lengths_S[: self.num_slots] += 1
+        self.longest += 1
+
+    def copy(self, sources: Int[Tensor, " s"], targets: Int[Tensor, " s"]) -> None:
+        """What the source slots hold is now in the target slots too."""
+        for part in (*self.keys, *self.values):
+            held = part[:, :, : self.longest]
+            held[targets] = held[sources]
+        self.lengths_S[targets] = self.lengths_S[sources]
+
+    def _check(self, longest: int) -> None:
+        if longest > self.max_tokens:
+            raise ValueError(
+                f"the cache holds {self.max_tokens} tokens a slot and {longest} are wanted: make it larger"
+            )

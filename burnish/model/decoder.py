@@ -97,23 +97,26 @@ class Decoder(nn.Module):
         return Cache(self.config, num_slots, max_tokens, self.device, self.dtype)
 
     @torch.no_grad()
-    def prefill(self, batch: Batch, cache: Cache, adapter: str | None = None) -> Float[Tensor, "S V"]:
-        """The logits after the last token of each sequence; sequence s of the batch now fills slot s of the cache."""
-        assert batch.num_sequences == cache.num_slots
-        cache.aim(batch.sequence, batch.positions, batch.longest)
+    def prefill(
+        self, batch: Batch, cache: Cache, adapter: str | None = None, slots: Int[Tensor, " S"] | None = None
+    ) -> Float[Tensor, "S V"]:
+        """The logits after the last token of each sequence; sequence s of the batch now fills slot `slots[s]`, or s."""
+        assert not batch.prefixes
+        slots_S = torch.arange(batch.num_sequences, device=batch.tokens.device) if slots is None else slots
+        cache.aim(slots_S[batch.sequence], batch.positions, batch.longest)
         with self._eager():
             hidden_TD = self._run(batch.tokens, self._packed(batch, cache), adapter)
         ends_S = batch.starts[1:].long()
-        cache.advance(ends_S - batch.starts[:-1])
+        cache.fill(slots_S, ends_S - batch.starts[:-1])
         return self._logits(hidden_TD[ends_S - 1], adapter)
 
     @torch.no_grad()
     def decode(self, tokens_S: Int[Tensor, " S"], cache: Cache, adapter: str | None = None) -> Float[Tensor, "S V"]:
-        """The logits after one more token in each slot."""
-        cache.aim_next()
+        """The logits after one more token in each slot in use."""
+        places_S = cache.aim_next()
         with self._eager():
-            hidden_SD = self._run(tokens_S, Pass(self._tables(cache.lengths_S), None, cache), adapter)
-        cache.advance(cache.lengths_S + 1)
+            hidden_SD = self._run(tokens_S, Pass(self._tables(places_S), None, cache), adapter)
+        cache.advance()
         return self._logits(hidden_SD, adapter)
 
     def compile_blocks(self, backend: str = "inductor") -> None:

@@ -5,14 +5,17 @@ dense weight. Frozen ones keep for the backward pass what they keep anyway, neve
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from burnish.model.linear import Linear, Stored
 from burnish.ops.linear import cast_linear
 from burnish.ops.nf4 import (
     BLOCK,
@@ -176,6 +179,62 @@ def _bytes(tensors: Mapping[str, Tensor], key: str, count: int) -> Tensor:
 def _agree(tensors: Mapping[str, Tensor], key: str, levels: Tensor) -> None:
     if not torch.equal(_bytes(tensors, key, 4 * levels.numel()).cpu(), levels.view(torch.uint8)):
         raise ValueError(f"{key} is another table of levels than bitsandbytes' own, which alone can be read")
+
+
+class _Scratch(nn.Module):
+    """A weight turned into one dtype for a while, beside the storage that it came from."""
+
+    def __init__(self, stored: Stored, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.stored = stored
+        self.weight: Tensor
+        self.register_buffer("weight", stored.dense(dtype), persistent=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
+        return self.stored.shape
+
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "O I"]:
+        """The weight in `dtype`, rounded from what is stored."""
+        return self.weight if dtype == self.weight.dtype else self.stored.dense(dtype)
+
+    def matmul(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
+        """x Wᵀ in the dtype of x."""
+        return F.linear(x, self.weight) if x.dtype == self.weight.dtype else self.stored.matmul(x)
+
+
+@contextmanager
+def densified(model: nn.Module, dtype: torch.dtype | None) -> Generator[None]:
+    """Every weight that is kept otherwise is at hand in `dtype` inside; None leaves all as they are.
+
+    Layers compute the very numbers that they compute without, and no gradient reaches a weight: for decoding, where
+    each step would dequantise or cast all weights again.
+    """
+    layers = [] if dtype is None else list(_kept_otherwise(model, dtype))
+    stored = [layer.stored for layer in layers]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                assert dtype is not None
+                layer.stored = _Scratch(layer.weight, dtype)
+        yield
+    finally:
+        for layer, original in zip(layers, stored, strict=True):
+            layer.stored = original
+
+
+def scratch_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """The memory that `densified` takes."""
+    return sum(layer.shape[0] * layer.shape[1] * dtype.itemsize for layer in _kept_otherwise(model, dtype))
+
+
+def _kept_otherwise(model: nn.Module, dtype: torch.dtype) -> Iterator[Linear]:
+    for module in model.modules():
+        if isinstance(module, Linear):
+            stored = module.stored
+            if not isinstance(stored, Dense | _Scratch) or stored.weight.dtype != dtype:
+                yield module
 
 
 STORAGES: dict[str, Encoder] = {

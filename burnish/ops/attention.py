@@ -138,8 +138,15 @@ def rotary_table(
     positions_T: Int[Tensor, " T"], frequencies: Sequence[float], scale: float = 1.0
 ) -> tuple[Float[Tensor, "T C/2"], Float[Tensor, "T C/2"]]:
     """(cos, sin) of position · frequency in fp32, both times `scale`."""
-    angles = positions_T[:, None].float() * torch.tensor(frequencies, dtype=torch.float32, device=positions_T.device)
+    angles = positions_T[:, None].float() * _on_device(tuple(frequencies), positions_T.device)
     return angles.cos() * scale, angles.sin() * scale
+
+
+@functools.cache
+def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """The numbers in fp32, copied to the device once: a CUDA graph cannot copy from the host."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 def rotate(

@@ -1,16 +1,100 @@
-"""Generation with a cache: prompts in, the ids that the model writes after them out."""
+"""Answers to prompts, written with the model's own weights and adapters: nothing is merged or copied."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from burnish.data.packing import collate
+from burnish.engine.mesh import Mesh
 from burnish.model.decoder import Decoder
-from burnish.types import Sequence as TokenSequence
+from burnish.model.storage import densified, scratch_bytes
+from burnish.sampling.slots import Sampling
+from burnish.sampling.stops import Stops
+from burnish.sampling.streams import seed_of
+from burnish.sampling.writing import Asked, Means, Writing, Written
+
+__all__ = ["Sampler", "Sampling", "Written", "generate"]
 
 
-@torch.inference_mode()
+class Sampler:
+    """Writes answers with a model as it stands, `num_slots` at a time.
+
+    The slots are decoded together over one cache. A finished one is given the next prompt that waits, so that long
+    answers hold up nothing; when none waits the batch shrinks.
+
+    What is drawn for an answer depends on its prompt, its seed and the sampling alone: not on its slot, on what is
+    written beside it, on the order of prompts or on the rank. One thing is left: logits are rounded differently in
+    batches of different shapes, so that a token that all but equals another in probability, or whose border in the
+    running sum of probabilities all but equals the random number, can come out differently. With `invariant` prompts
+    are read one by one, and every step decodes all slots over all their places: the same bits for the same `num_slots`,
+    as long as the longest prompt and `max_tokens` add up to the same multiple of `writing.ROOM`. It costs what shorter
+    contexts, fewer slots and prompts read together save.
+
+    With a mesh of several ranks, whose weights may be sharded, all must call `write` together; each has prompts of its
+    own, any number of them.
+
+    On a GPU steps are replayed as CUDA graphs (`graphs`; not with several ranks), and weights that are not kept in the
+    model's dtype are turned into it once per call where twice the memory for that is free (`dense`; True: in any case).
+    Neither changes a number. A call leaves no memory in use.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        num_slots: int,
+        mesh: Mesh | None = None,
+        invariant: bool = False,
+        graphs: bool = True,
+        dense: bool | None = None,
+    ) -> None:
+        assert num_slots >= 1
+        self.model, self.num_slots, self.mesh = model, num_slots, mesh
+        self.invariant, self.graphs, self.dense = invariant, graphs, dense
+
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        adapter: str | None,
+        seeds: Sequence[int],
+        decode: Callable[[list[int]], str] | None = None,
+    ) -> list[Written]:
+        """An answer to each prompt, in their order.
+
+        `decode` turns ids into text, to look for stop strings in. Raises ValueError for a prompt that is empty, or that
+        together with `max_tokens` is longer than the model's positions.
+        """
+        for number, prompt in enumerate(prompts):
+            _check(number, len(prompt), sampling.max_tokens, self.model.config.max_positions)
+        asked = [Asked(prompt, seed, sampling.max_tokens) for prompt, seed in zip(prompts, seeds, strict=True)]
+        return self.answer(asked, sampling, adapter, decode)
+
+    @torch.no_grad()
+    def answer(
+        self,
+        asked: Sequence[Asked],
+        sampling: Sampling,
+        adapter: str | None,
+        decode: Callable[[list[int]], str] | None = None,
+    ) -> list[Written]:
+        """The same, with a limit for each answer in place of `max_tokens`; every prompt must have room for it."""
+        assert decode is not None or not sampling.stop
+        stops = Stops(sampling.stop, decode) if decode is not None and sampling.stop else None
+        means = Means(self.model, adapter, self.num_slots, self.mesh, self.invariant, self.graphs)
+        with _evaluating(self.model), densified(self.model, self.model.dtype if self._wants_scratch() else None):
+            return Writing(means, asked, sampling, stops).run()
+
+    def _wants_scratch(self) -> bool:
+        device = self.model.device
+        sharded = self.mesh is not None and self.mesh.world > 1
+        if self.dense is not None or sharded or device.type != "cuda":
+            return bool(self.dense) and not sharded
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return 2 * scratch_bytes(self.model, self.model.dtype) < free
+
+
 def generate(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -24,44 +108,37 @@ def generate(
     """What the model writes after each prompt, without the end token, in the order of the prompts.
 
     At temperature 0 the most likely token is taken; above it tokens are drawn from softmax(logits / temperature), each
-    prompt from a random stream of its own (seed, place in `prompts`), so that neighbours do not change what it draws.
-    Prompts of similar length are decoded together, `num_slots` at a time, and a finished one leaves the others; an
-    answer ends at one of `end_ids` or after `max_tokens`. Rounding that differs with the number of prompts decoded
-    together can still change a token whose probability all but equals another's.
+    prompt from a random stream of its own (seed, place in `prompts`): see `Sampler`. An answer ends at one of
+    `end_ids`, after `max_tokens`, or where the model's positions do.
     """
-    device = next(model.parameters()).device
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: list[list[int]] = [[] for _ in prompts]
-    for begin in range(0, len(order), num_slots):
-        members = order[begin : begin + num_slots]
-        batch = collate([_unscored(prompts[i]) for i in members]).to(device)
-        cache = model.new_cache(len(members), batch.longest + max_tokens)
-        streams = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in members] if temperature else []
-        logits = model.prefill(batch, cache, adapter)
-        for _ in range(max_tokens):
-            tokens = _choose(logits, temperature, streams)
-            written = tokens.tolist()
-            going = [slot for slot, token in enumerate(written) if token not in end_ids]
-            for slot in going:
-                answers[members[slot]].append(written[slot])
-            if len(going) < len(members):
-                kept = torch.tensor(going, dtype=torch.long, device=device)
-                cache.keep(kept)
-                tokens, members = tokens[kept], [members[slot] for slot in going]
-                streams = [streams[slot] for slot in going] if streams else []
-            if not going:
-                break
-            logits = model.decode(tokens, cache, adapter)
-    return answers
+    room = [model.config.max_positions - len(prompt) for prompt in prompts]
+    asked = [
+        Asked(prompt, seed_of(seed, i), min(max_tokens, room[i])) for i, prompt in enumerate(prompts) if room[i] > 0
+    ]
+    sampler = Sampler(model, num_slots, graphs=False, dense=False)
+    written = iter(sampler.answer(asked, Sampling(max_tokens, temperature, end_ids=end_ids), adapter))
+    found = [next(written) if left > 0 else Written((), False) for left in room]
+    return [list(one.ids[: len(one.ids) - one.ended]) for one in found]
 
 
-def _unscored(ids: Sequence[int]) -> TokenSequence:
-    return TokenSequence(tuple(ids), (0.0,) * len(ids), row=0)
+def _check(number: int, length: int, max_tokens: int, positions: int) -> None:
+    if length == 0:
+        raise ValueError(f"prompt {number} is empty: there is nothing to continue")
+    if length + max_tokens > positions:
+        room = positions - length
+        hint = f"write max_tokens={room} or less" if room > 0 else "leave it out, or use a model with more positions"
+        raise ValueError(
+            f"prompt {number}: its {length} tokens and max_tokens={max_tokens} go beyond the {positions} positions of "
+            f"the model: {hint}"
+        )
 
 
-def _choose(logits_SV: Tensor, temperature: float, streams: list[torch.Generator]) -> Tensor:
-    if not temperature:
-        return logits_SV.argmax(-1)
-    probabilities = torch.softmax(logits_SV.double().cpu() / temperature, -1)
-    drawn = [torch.multinomial(p, 1, generator=stream) for p, stream in zip(probabilities, streams, strict=True)]
-    return torch.cat(drawn).to(logits_SV.device)
+@contextmanager
+def _evaluating(model: nn.Module) -> Generator[None]:
+    """The model without dropout; then again in the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

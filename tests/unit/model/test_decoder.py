@@ -106,11 +106,26 @@ def test_slots_can_be_dropped_while_decoding(folder: Path) -> None:
     for cache in (whole, reduced):
         model.prefill(prompts, cache)
     expected = model.decode(tokens, whole)
-    kept = torch.tensor([2, 0])
-    reduced.keep(kept)
+    reduced.copy(torch.tensor([2]), torch.tensor([1]))
+    reduced.num_slots = 2
+    kept = torch.tensor([0, 2])
     torch.testing.assert_close(model.decode(tokens[kept], reduced), expected[kept])
-    assert reduced.num_slots == 2
-    assert reduced.lengths_S.tolist() == [3, 4]
+    assert reduced.lengths_S.tolist() == [4, 3, 2]
+
+
+def test_a_slot_is_filled_anew_while_others_go_on(folder: Path) -> None:
+    model, prompts, later = load_model(folder, "fp32"), tiny_batch((3, 6, 2)), tiny_batch((4, 5), seed=1)
+    tokens, more = torch.tensor([10, 20, 30]), torch.tensor([11, 21, 31])
+    mixed, first, second = (model.new_cache(n, 10) for n in (3, 3, 2))
+    for cache in (mixed, first):
+        model.prefill(prompts, cache)
+        model.decode(tokens, cache)
+    told = model.prefill(later, mixed, slots=torch.tensor([2, 0]))
+    torch.testing.assert_close(told, model.prefill(later, second))
+    assert mixed.lengths_S.tolist() == [5, 7, 4]
+    logits = model.decode(more, mixed)
+    torch.testing.assert_close(logits[1], model.decode(more, first)[1])
+    torch.testing.assert_close(logits[[2, 0]], model.decode(more[[2, 0]], second))
 
 
 def test_a_full_cache_says_so(folder: Path) -> None:
