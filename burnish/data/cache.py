@@ -1,26 +1,67 @@
-"""Tokenised data on disk, found again by what went into it. Imports no torch."""
+"""Tokenised data, and how it is kept on disk and found again by what went into it. Imports no torch."""
 
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import safetensors
 import tokenizers
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from safetensors.numpy import load_file, save_file
 
 import burnish
 from burnish.data.audit import Audit
-from burnish.data.corpus import Corpus
 from burnish.types import Prompt
 
-Stored = tuple[Corpus, Corpus, list[Prompt], Audit]
+
+class InArrays(Protocol):
+    """What is kept in arrays, by name."""
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays it is made of."""
+        ...
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Self:
+        """The same again. Raises KeyError for an array that is missing."""
+        ...
+
+
+Tokenised = TypeVar("Tokenised", bound=InArrays)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared(Generic[Tokenised]):
+    """Data ready for a run, and the account of how it came about."""
+
+    train: Tokenised
+    held_out: Tokenised
+    prompts: list[Prompt]
+    audit: Audit
+    cached: bool = False
+    """Whether it was found on disk, tokenised before."""
+
+
+def remembered(
+    folder: Path, key: str, kind: type[Tokenised], make: Callable[[], Prepared[Tokenised]]
+) -> Prepared[Tokenised]:
+    """What is kept under a key in a folder; else what `make` makes, kept from now on."""
+    found = load(folder, key, kind)
+    if found is not None:
+        return found
+    made = make()
+    problem = store(folder, key, made)
+    if problem:
+        note = f"tokenised data could not be kept in {folder} ({problem}), so the next run tokenises again"
+        return replace(made, audit=replace(made.audit, notes=(*made.audit.notes, note)))
+    return made
 
 
 def default_folder() -> Path:
@@ -37,35 +78,32 @@ def key_of(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def load(folder: Path, key: str) -> Stored | None:
+def load(folder: Path, key: str, kind: type[Tokenised]) -> Prepared[Tokenised] | None:
     """What was stored under a key; None when nothing was, or it cannot be read."""
     place = folder / key
     try:
         arrays = load_file(place / "sequences.safetensors")
         tree = json.loads((place / "audit.json").read_text(encoding="utf-8"))
-        corpora = [
-            Corpus(*(arrays[f"{part}.{name}"] for name in ("ids", "weights", "starts", "rows")))
-            for part in ("train", "held_out")
-        ]
-        return (
-            corpora[0],
-            corpora[1],
-            TypeAdapter(list[Prompt]).validate_python(tree["prompts"]),
-            Audit.from_dict(tree["audit"]),
+        train, held_out = (
+            kind.from_arrays(
+                {name.removeprefix(part): array for name, array in arrays.items() if name.startswith(part)}
+            )
+            for part in ("train.", "held_out.")
         )
+        prompts = TypeAdapter(list[Prompt]).validate_python(tree["prompts"])
+        return Prepared(train, held_out, prompts, Audit.from_dict(tree["audit"]), cached=True)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
         return None
 
 
-def store(folder: Path, key: str, stored: Stored) -> str | None:
+def store(folder: Path, key: str, made: Prepared[Tokenised]) -> str | None:
     """Write under a key, whole or not at all. Returns why it could not be written, or None."""
-    train, held_out, prompts, audit = stored
     arrays = {
-        f"{part}.{name}": getattr(corpus, name)
-        for part, corpus in (("train", train), ("held_out", held_out))
-        for name in ("ids", "weights", "starts", "rows")
+        f"{part}.{name}": array
+        for part, kept in (("train", made.train), ("held_out", made.held_out))
+        for name, array in kept.arrays().items()
     }
-    tree = {"prompts": [asdict(prompt) for prompt in prompts], "audit": audit.as_dict()}
+    tree = {"prompts": [asdict(prompt) for prompt in made.prompts], "audit": made.audit.as_dict()}
     aside = None
     try:
         folder.mkdir(parents=True, exist_ok=True)

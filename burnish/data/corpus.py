@@ -1,8 +1,8 @@
 """Many sequences in three arrays: a tenth of the memory of as many Python lists. Imports no torch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Listed
-from typing import overload
+from typing import Any, overload
 
 import numpy
 from numpy.typing import NDArray
@@ -36,6 +36,15 @@ class Corpus(Listed[Sequence]):
         for sequence, start, end in zip(listed, starts[:-1], starts[1:], strict=True):
             ids[start:end], weights[start:end] = sequence.ids, sequence.weights
         return cls(ids, weights, starts, numpy.array([sequence.row for sequence in listed], numpy.int32))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays by name."""
+        return {"ids": self.ids, "weights": self.weights, "starts": self.starts, "rows": self.rows}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> "Corpus":
+        """The corpus that these arrays are."""
+        return cls(arrays["ids"], arrays["weights"], arrays["starts"], arrays["rows"])
 
     @property
     def lengths(self) -> NDArray[numpy.int64]:

@@ -12,7 +12,7 @@ from burnish.data.reading import Source
 from burnish.data.templates import ChatTemplate, RefusedConversation
 from burnish.data.tokenizer import Tokenizer
 from burnish.settings import DataSettings
-from burnish.types import Example
+from burnish.types import Example, Text
 
 Progress = Callable[[int], None]
 
@@ -29,7 +29,7 @@ class Encoder:
         self.ends: set[int] = set()
         self._longest = 0
 
-    def encode(self, sources: Sequence[Source], progress: Progress | None = None) -> None:
+    def encode(self, sources: Sequence[Source[Example | Text]], progress: Progress | None = None) -> None:
         """Tokenise these rows.
 
         Raises ValueError for a template that cannot be used and, where the settings ask for it, for rows that are too
@@ -52,7 +52,7 @@ class Encoder:
             numpy.array(self._rows, numpy.int32),
         )
 
-    def _encode(self, source: Source) -> None:
+    def _encode(self, source: Source[Example | Text]) -> None:
         try:
             encoded = encode_row(source.example, self._tokenizer, self._template, self._data.train_on)
         except RefusedConversation as refused:
@@ -72,7 +72,7 @@ class Encoder:
             self.ends_added += encoded.end_added
             self.ends.update(encoded.ends)
 
-    def _add(self, source: Source, encoded: Encoded) -> bool:
+    def _add(self, source: Source[Example | Text], encoded: Encoded) -> bool:
         """Put a row among the sequences as the policy for long ones has it; whether any of it went in."""
         length, most = len(encoded.ids), self._data.max_length
         if length <= most:

@@ -6,13 +6,14 @@ and `read` and list it in FORMATS at the foot of this file; the conformance suit
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from burnish.data import preference_formats as preferences
 from burnish.data.files import kind_of
 from burnish.data.turns import messages_of, sharegpt_messages, text_of, tools_of
-from burnish.types import Example, Message, Prompt, Text
+from burnish.types import Example, Judged, Message, Preference, Prompt, Text
 
-Reading = Example | Text | Prompt
+Reading = Example | Text | Prompt | Preference | Judged
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +29,16 @@ class Format:
     fits: Callable[[Mapping[str, Any]], bool]
     """Whether a row has this shape, by its columns and what kind of thing is in them."""
     read: Callable[[Mapping[str, Any]], Reading]
-    """The row as an Example, Text or Prompt. Raises ValueError, without the place, for a value of the wrong kind."""
+    """What the row says. Raises ValueError, without the place, for a value of the wrong kind."""
     sample: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """A row of this format, for documents and tests."""
+    holds: Literal["examples", "prompts", "preferences", "judged"] = "examples"
+    """What its rows are for: to learn from, to be answered, or to compare answers by."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether its rows say which answers are wanted."""
+        return self.holds in ("preferences", "judged")
 
 
 def recognise(rows: Sequence[Mapping[str, Any]], origins: Sequence[str] = ()) -> str:
@@ -41,20 +49,22 @@ def recognise(rows: Sequence[Mapping[str, Any]], origins: Sequence[str] = ()) ->
     """
     assert rows
     fits = {name: [format.fits(row) for row in rows] for name, format in FORMATS.items()}
-    whole = [name for name, found in fits.items() if all(found)]
+    # Answers to compare are what such rows are for, whatever else they hold: the chosen conversation once more, say.
+    likely = {name: found for name, found in fits.items() if found[0] and FORMATS[name].compares}
+    likely = likely or {name: found for name, found in fits.items() if found[0]}
+    whole = [name for name, found in likely.items() if all(found)]
     if len(whole) == 1:
         return whole[0]
     if whole:
         readings = "; or ".join(f"{name} ({FORMATS[name].reading})" for name in whole)
         choices = " or ".join(f"data.format={name}" for name in whole)
         raise ValueError(f"the rows read two ways: {readings}; write {choices}")
-    first = next((name for name, found in fits.items() if found[0]), None)
-    if first is None:
+    if not likely:
         known = "; ".join(f"{name}: {format.needs}" for name, format in FORMATS.items())
         raise ValueError(f"no known format has the columns {_columns(rows[0])}; known are {known}")
-    number = max(found.index(False) for found in fits.values() if found[0])
+    number = max(found.index(False) for found in likely.values())
     where = origins[number] if origins else f"row {number}"
-    raise ValueError(disagreement(where, first, rows[number]))
+    raise ValueError(disagreement(where, next(iter(likely)), rows[number]))
 
 
 def disagreement(origin: str, name: str, row: Mapping[str, Any]) -> str:
@@ -74,6 +84,12 @@ def check_format(name: str) -> None:
     """Raises ValueError when there is no format of this name."""
     if name != "auto" and name not in FORMATS:
         raise ValueError(f"data.format={name} is not known; write one of auto, {', '.join(FORMATS)}")
+
+
+def belongs_elsewhere(source: str, name: str, wanted: str) -> str:
+    """The error for rows of a format that a recipe has no use for: what they are, and which recipe they are for."""
+    found, use = FORMATS[name].holds, USES[FORMATS[name].holds]
+    return f"{source} reads as {name} ({FORMATS[name].reading}), which is {found} and not {wanted}: {use}"
 
 
 def task_of(row: Mapping[str, Any]) -> str | None:
@@ -175,6 +191,14 @@ def _read_question(row: Mapping[str, Any]) -> Example:
     return Example((Message("user", text_of(row, "question")), Message("assistant", text_of(row, "answer"))))
 
 
+USES = {
+    "examples": "train on them with `burnish sft`; preferences have `chosen` and `rejected` columns, say",
+    "prompts": "let a model answer them in reinforcement learning, or write evaluate.path=",
+    "preferences": "train on them with `burnish dpo` or `burnish reward`, or name another data.format",
+    "judged": "train on them with `burnish dpo loss=kto`, or name another data.format",
+}
+"""What rows are for, by what they hold."""
+
 FORMATS: dict[str, Format] = {
     "alpaca": Format(
         "instruction + input -> user, output -> assistant",
@@ -239,6 +263,44 @@ FORMATS: dict[str, Format] = {
         _fits_prompt,
         _read_prompt,
         {"prompt": "What is 3 plus 4?", "answer": "7", "task": "add"},
+        "prompts",
+    ),
+    "prompt_chosen_rejected": Format(
+        "chosen is a better answer to prompt than rejected",
+        "`prompt`, `chosen` and `rejected` (text or lists of messages; `margin` if you like)",
+        preferences.PAIR_COLUMNS | preferences.PROMPT_COLUMNS,
+        preferences.fits_pair,
+        preferences.read_pair,
+        {"prompt": "What is 3 plus 4?", "chosen": "7", "rejected": "8"},
+        "preferences",
+    ),
+    "chosen_rejected": Format(
+        "chosen and rejected are whole conversations; what they begin with in common is the prompt",
+        "`chosen` and `rejected` without `prompt` (lists of messages, or dialogues of `Human:` and `Assistant:`)",
+        preferences.PAIR_COLUMNS,
+        preferences.fits_whole_pair,
+        preferences.read_whole_pair,
+        {"chosen": "\n\nHuman: Hello\n\nAssistant: Hi.", "rejected": "\n\nHuman: Hello\n\nAssistant: What?"},
+        "preferences",
+    ),
+    "ranked_answers": Format(
+        "answers to prompt, in the order of their ranks (1 is the best) or scores (the highest is)",
+        "`prompt`, `answers` or `responses` (a list), and `ranks` or `scores` (a list of numbers)",
+        frozenset({*preferences.ANSWERS, *preferences.PLACES, *preferences.SCORES, "margin", "tools", "task"})
+        | preferences.PROMPT_COLUMNS,
+        preferences.fits_ranked,
+        preferences.read_ranked,
+        {"prompt": "What is 3 plus 4?", "answers": ["8", "7", "It is 7."], "ranks": [3, 1, 2]},
+        "preferences",
+    ),
+    "judged": Format(
+        "completion is an answer to prompt, wanted where label is true",
+        "`prompt`, `completion` and `label` (true or false)",
+        frozenset({"completion", "label", "tools", "task"}) | preferences.PROMPT_COLUMNS,
+        preferences.fits_judged,
+        preferences.read_judged,
+        {"prompt": "What is 3 plus 4?", "completion": "7", "label": True},
+        "judged",
     ),
 }
 """Every format by name, in the order in which errors list them."""

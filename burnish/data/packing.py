@@ -1,7 +1,7 @@
-"""Sequences into packs of a token budget, and packs into batches. Only `collate` imports torch."""
+"""Sequences into packs of a token budget, and packs into batches. Imports torch only when it makes a batch."""
 
 from collections.abc import Sequence as Listed
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 from numpy.typing import NDArray
@@ -86,32 +86,40 @@ def collate(sequences: Listed[Sequence]) -> "Batch":
     Position t predicts the token after it, so its weight is that token's; the last position of a sequence predicts
     nothing.
     """
-    import torch
-
     from burnish.types import Batch
 
-    lengths = [len(sequence.ids) for sequence in sequences]
-    assert lengths
-    assert min(lengths) > 0
+    return Batch(**columns(sequences))
+
+
+def columns(sequences: Listed[Sequence], left_out: Listed[int] | None = None) -> dict[str, Any]:
+    """The fields of a Batch of these sequences, the first so many tokens of each `left_out`; `prefixes` aside."""
+    import torch
+
+    whole = [len(sequence.ids) for sequence in sequences]
+    skipped = numpy.asarray(left_out if left_out is not None else [0] * len(whole), numpy.int64)
+    lengths = numpy.asarray(whole, numpy.int64) - skipped
+    assert len(lengths)
+    assert lengths.min() > 0
     starts = numpy.zeros(len(lengths) + 1, numpy.int64)
     numpy.cumsum(lengths, out=starts[1:])
-    tokens = numpy.concatenate([numpy.asarray(sequence.ids, numpy.int64) for sequence in sequences])
-    weights = numpy.concatenate([numpy.asarray(sequence.weights, numpy.float32) for sequence in sequences])
+    both = list(zip(sequences, skipped.tolist(), strict=True))
+    tokens = numpy.concatenate([numpy.asarray(sequence.ids[skip:], numpy.int64) for sequence, skip in both])
+    weights = numpy.concatenate([numpy.asarray(sequence.weights[skip:], numpy.float32) for sequence, skip in both])
     targets, shifted = numpy.zeros_like(tokens), numpy.zeros_like(weights)
     targets[:-1], shifted[:-1] = tokens[1:], weights[1:]
     last = starts[1:] - 1
     targets[last], shifted[last] = 0, 0.0
     sequence = numpy.repeat(numpy.arange(len(lengths)), lengths)
-    return Batch(
-        tokens=torch.from_numpy(tokens),
-        targets=torch.from_numpy(targets),
-        weights=torch.from_numpy(shifted),
-        positions=torch.from_numpy(numpy.arange(len(tokens)) - starts[sequence]),
-        sequence=torch.from_numpy(sequence),
-        starts=torch.from_numpy(starts.astype(numpy.int32)),
-        scored=torch.from_numpy(numpy.flatnonzero(shifted)),
-        num_sequences=len(lengths),
-        longest=max(lengths),
-        total_weight=float(shifted.sum(dtype=numpy.float64)),
-        rows=tuple(sequence.row for sequence in sequences),
-    )
+    return {
+        "tokens": torch.from_numpy(tokens),
+        "targets": torch.from_numpy(targets),
+        "weights": torch.from_numpy(shifted),
+        "positions": torch.from_numpy(numpy.arange(len(tokens)) - (starts[:-1] - skipped)[sequence]),
+        "sequence": torch.from_numpy(sequence),
+        "starts": torch.from_numpy(starts.astype(numpy.int32)),
+        "scored": torch.from_numpy(numpy.flatnonzero(shifted)),
+        "num_sequences": len(whole),
+        "longest": max(whole),
+        "total_weight": float(shifted.sum(dtype=numpy.float64)),
+        "rows": tuple(sequence.row for sequence in sequences),
+    }

@@ -1,27 +1,32 @@
 """From data.path to clean rows: read, recognise, repair, and say where each stands. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import Generic, TypeVar
 
+from burnish.data.answers import Compared, answers_of, repair_answers
 from burnish.data.audit import Tally
 from burnish.data.files import EMBEDDED, READERS, Row, read_rows
 from burnish.data.formats import FORMATS, Reading, announce, check_format, disagreement, recognise, task_of
 from burnish.data.hub import is_hub_id
 from burnish.data.repair import repair
 from burnish.settings import DataSettings
-from burnish.types import Example, Prompt, Text
+from burnish.types import Example, Judged, Preference, Prompt, Text
+
+Said = TypeVar("Said", bound=Reading)
 
 SAMPLE = 100
 """Rows that the format is recognised from; every further row is checked against it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class Source(Generic[Said]):
     """A row as it was read: what it says, and where it stands."""
 
     row: int
     place: str
-    example: Example | Text
+    example: Said
     task: str | None
 
 
@@ -34,9 +39,11 @@ class Rows:
     """How they were read, in words."""
     count: int
     """Rows before repair."""
-    sources: list[Source]
-    prompts: list[tuple[int, str, Prompt]]
-    """Rows without an answer to train on: number, place, prompt."""
+    sources: list[Source[Example | Text]] = field(default_factory=list[Source[Example | Text]])
+    prompts: list[Source[Prompt]] = field(default_factory=list[Source[Prompt]])
+    """Rows without an answer to train on."""
+    compared: list[Source[Compared]] = field(default_factory=list[Source[Compared]])
+    """Rows that say which answers are wanted."""
 
 
 def read_sources(
@@ -50,22 +57,27 @@ def read_sources(
     if not rows:
         raise ValueError(f"{joined(path)} holds no rows")
     name = _format_of(rows, format)
-    read = Rows(name, announce(name, [row for _, row in rows[:SAMPLE]]), len(rows), [], [])
+    read = Rows(name, announce(name, [row for _, row in rows[:SAMPLE]]), len(rows))
     for number, (place, row) in enumerate(rows):
         reading = _read(name, place, row)
         if isinstance(reading, Prompt):
-            read.prompts.append((number, place, reading))
+            read.prompts.append(Source(number, place, reading, reading.task))
             continue
-        result = repair(reading, exported=name == "sharegpt")
+        compared = isinstance(reading, Preference | Judged)
+        result = repair_answers(reading) if compared else repair(reading, exported=name == "sharegpt")
+        clean = result.example
         if result.rules and not data.repair:
             dropped.add(result.rules[0], number, place, _opening(reading))
-        elif result.example is None:
+        elif clean is None:
             assert result.dropped is not None
             dropped.add(result.dropped, number, place, _opening(reading))
         else:
             for rule in result.rules:
                 repaired.add(rule, number, place, _opening(reading))
-            read.sources.append(Source(number, place, result.example, task_of(row)))
+            if isinstance(clean, Preference | Judged):
+                read.compared.append(Source(number, place, clean, task_of(row)))
+            else:
+                read.sources.append(Source(number, place, clean, task_of(row)))
     return read
 
 
@@ -88,6 +100,15 @@ def check_data(data: DataSettings) -> str:
             _read(format, place, row)
         told.append(f"{name} {announce(format, [row for _, row in rows])}")
     return "; ".join(told)
+
+
+def format_of(data: DataSettings) -> str:
+    """The name of the format that the rows have, from the first of them. Raises ValueError as `check_data` does."""
+    rows = list(read_rows(data.path, data.split, min(SAMPLE, data.limit or SAMPLE)))
+    if not rows:
+        raise ValueError(f"{joined(data.path)} holds no rows")
+    check_format(data.format)
+    return _format_of(rows, data.format)
 
 
 def joined(path: str | tuple[str, ...]) -> str:
@@ -117,8 +138,9 @@ def _read(name: str, place: str, row: dict[str, object]) -> Reading:
         raise ValueError(f"{place}: {error}") from None
 
 
-def _opening(example: Example | Text) -> str:
+def _opening(example: Example | Text | Compared) -> str:
     """The first words of a row, to recognise it by."""
     if isinstance(example, Text):
         return example.pieces[0][0]
-    return next((message.content for message in example.messages if message.content.strip()), "")
+    messages = example.messages if isinstance(example, Example) else (*example.prompt, *chain(*answers_of(example)))
+    return next((message.content for message in messages if message.content.strip()), "")

@@ -8,9 +8,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 from burnish.types import Example, Message, Text
+
+R = TypeVar("R")
 
 REPAIRS = {
     "broken_unicode": "halves of surrogate pairs, which no tokenizer can read, became U+FFFD",
@@ -33,15 +35,15 @@ DROPS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Repaired:
-    """What became of a row: the clean example, or None with the reason; and the rules that changed it."""
+class Repaired(Generic[R]):
+    """What became of a row: the clean reading, or None with the reason; and the rules that changed it."""
 
-    example: Example | Text | None
+    example: R | None
     rules: tuple[str, ...] = ()
     dropped: str | None = None
 
 
-def repair(example: Example | Text, exported: bool = False) -> Repaired:
+def repair(example: Example | Text, exported: bool = False) -> Repaired[Example | Text]:
     """The row after every rule that applies to it. `exported` is for rows of web exports, which may carry HTML."""
     if isinstance(example, Text):
         return _repair_text(example)
@@ -100,7 +102,7 @@ def plain_text(text: str) -> str:
     return "".join(piece if number % 2 else _decode(piece) for number, piece in enumerate(pieces))
 
 
-def _repair_text(text: Text) -> Repaired:
+def _repair_text(text: Text) -> Repaired[Example | Text]:
     pieces = tuple((whole_unicode(piece), trained) for piece, trained in text.pieces)
     rules = ("broken_unicode",) if pieces != text.pieces else ()
     if not any(piece.strip() for piece, trained in pieces if trained):
@@ -113,7 +115,7 @@ def _repair_turns(messages: list[Message], rules: list[str]) -> tuple[list[Messa
     last = next((k for k in range(len(messages) - 1, -1, -1) if messages[k].role == "assistant"), None)
     if last is None:
         return messages, "no_response"
-    if _is_empty(messages[last]):
+    if is_empty(messages[last]):
         return messages, "empty_response"
     steps = (("trailing_user", messages[: last + 1]), ("empty_turn", None), ("leading_assistant", None))
     for rule, given in steps:
@@ -131,13 +133,14 @@ def _repair_turns(messages: list[Message], rules: list[str]) -> tuple[list[Messa
     return joined, None
 
 
-def _is_empty(message: Message) -> bool:
+def is_empty(message: Message) -> bool:
+    """Whether a turn says nothing, and calls no tool either."""
     return not message.content.strip() and not message.extra.get("tool_calls")
 
 
 def _without_empty(messages: list[Message]) -> list[Message]:
     """The turns that say something; a tool may answer with nothing."""
-    return [message for message in messages if message.role == "tool" or not _is_empty(message)]
+    return [message for message in messages if message.role == "tool" or not is_empty(message)]
 
 
 def _from_user(messages: list[Message]) -> list[Message]:

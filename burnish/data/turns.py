@@ -1,6 +1,7 @@
 """Turns of a conversation as the formats spell them, read into messages. Imports no torch."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,9 @@ ROLES: dict[str, Role] = {
 }
 """What the roles are called in the wild, in lower case."""
 
+SPOKEN = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):")
+"""What begins a turn in Anthropic's dialogues, which are one text each: `\\n\\nHuman: ... \\n\\nAssistant: ...`."""
+
 PASSED = ("tool_calls", "name", "tool_call_id", "reasoning_content", "thinking")
 """The keys of a message that go on to the chat template."""
 
@@ -54,11 +58,11 @@ def messages_of(turns: Any, column: str) -> tuple[Message, ...]:
     return tuple(_message(turn, f"`{column}` turn {number}") for number, turn in enumerate(turns))
 
 
-def sharegpt_messages(turns: Sequence[Any]) -> tuple[Message, ...]:
+def sharegpt_messages(turns: Sequence[Any], column: str = "conversations") -> tuple[Message, ...]:
     """Messages from a list of {from, value}. A `function_call` turn becomes an assistant's turn with that tool call."""
     messages: list[Message] = []
     for number, turn in enumerate(turns):
-        place = f"`conversations` turn {number}"
+        place = f"`{column}` turn {number}"
         if "value" not in turn:
             raise ValueError(f"{place} has no `value`, only {', '.join(turn)}")
         role = role_of(turn["from"], place)
@@ -69,6 +73,30 @@ def sharegpt_messages(turns: Sequence[Any]) -> tuple[Message, ...]:
         else:
             messages.append(Message(role, content, weight))
     return tuple(messages)
+
+
+def conversation_of(value: Any, column: str) -> tuple[Message, ...] | None:
+    """The turns of a value that holds turns: a list of messages (or one of them), or a dialogue that is one text.
+
+    None for any other text. Raises ValueError for a value that is neither, and for a turn that cannot be read.
+    """
+    if isinstance(value, str):
+        return dialogue_of(value)
+    turns = [value] if isinstance(value, dict) else value
+    if isinstance(turns, list) and turns and all(isinstance(turn, dict) and "from" in turn for turn in turns):
+        return sharegpt_messages(turns, column)
+    if not isinstance(turns, list):
+        raise ValueError(f"`{column}` should be text or a list of messages, not {kind_of(value)}")
+    return messages_of(turns, column)
+
+
+def dialogue_of(text: str) -> tuple[Message, ...] | None:
+    """The turns of a dialogue as Anthropic writes it; None for a text that does not begin with `Human:`."""
+    if not re.match(r"\s*Human:", text):
+        return None
+    _, *parts = SPOKEN.split(text.lstrip())
+    spoken = zip(parts[::2], parts[1::2], strict=True)
+    return tuple(Message("user" if name == "Human" else "assistant", said.strip()) for name, said in spoken)
 
 
 def tools_of(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
