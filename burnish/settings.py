@@ -185,6 +185,13 @@ class RolloutSettings(Settings):
     slots: int = Field(default=64, ge=1, description="Answers written at once; memory depends on it, results do not.")
 
 
+class GroupRolloutSettings(RolloutSettings):
+    """How the policy answers prompts in training, several times each."""
+
+    prompts: int = Field(default=16, ge=1, description="Prompts per step, over all ranks.")
+    samples: int = Field(default=8, ge=2, description="Answers to each prompt, which are compared with each other.")
+
+
 class RewardSettings(Settings):
     """What an answer is worth: exactly one of path, function and url."""
 
@@ -216,7 +223,6 @@ class KLSettings(Settings):
 
     beta: float = Field(default=0.05, gt=0, description="How much a nat of divergence costs.")
     estimator: Literal["k1", "k2", "k3"] = Field(default="k1", description="Of the divergence, token by token.")
-    place: Literal["reward", "loss"] = Field(default="reward", description="Where the cost is counted.")
     target: float | None = Field(default=None, gt=0, description="Adapt beta to hold the divergence of an answer here.")
     horizon: int = Field(default=10000, ge=1, description="How slowly beta adapts, in answers.")
     storage: Literal["bf16", "fp32", "nf4"] = Field(

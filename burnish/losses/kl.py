@@ -1,6 +1,6 @@
 """The divergence from the reference: its estimators, token by token, and the controller of what it costs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ class KLController:
         """What a checkpoint keeps."""
         return {"beta": self.beta}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` gave."""
         self.beta = float(state["beta"])
 

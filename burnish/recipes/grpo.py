@@ -11,15 +11,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from burnish.sampling.task import open_task
-from burnish.settings import KLSettings, ReinforcementSettings, RolloutSettings
+from burnish.settings import GroupRolloutSettings, KLSettings, ReinforcementSettings
 from burnish.types import RolloutBatch
-
-
-class GroupRolloutSettings(RolloutSettings):
-    """How the policy answers prompts in training: several times each."""
-
-    prompts: int = Field(default=16, ge=1, description="Prompts per step, over all ranks.")
-    samples: int = Field(default=8, ge=2, description="Answers to each prompt, which are compared with each other.")
 
 
 class LossKLSettings(KLSettings):
@@ -34,8 +27,8 @@ class LossKLSettings(KLSettings):
 class Config(ReinforcementSettings):
     """The settings of GRPO, besides those that reinforcement learning has in common."""
 
-    rollout: GroupRolloutSettings = GroupRolloutSettings.model_construct()
-    kl: LossKLSettings = LossKLSettings.model_construct()
+    rollout: GroupRolloutSettings = GroupRolloutSettings.model_construct()  # pyright: ignore[reportIncompatibleVariableOverride]
+    kl: LossKLSettings = LossKLSettings.model_construct()  # pyright: ignore[reportIncompatibleVariableOverride]
     clip: float = Field(default=0.2, gt=0, lt=1, description="ε: how far a ratio counts from 1.")
     epochs: int = Field(default=1, ge=1, description="Passes over the answers of a step.")
     minibatches: int = Field(default=1, ge=1, description="Optimizer steps per pass.")
@@ -109,4 +102,6 @@ def main(config: Config) -> dict[str, Any]:
 
             # 5. What is left of it: an adapter or a model, the table, the page.
             save_trained(learner, policy.model, run.folder, task.start, config, task.tokenizer, task.template)
-            return finish(run, run.folder, method_name(config, "GRPO"), before, after)
+            return finish(
+                run, run.folder, method_name(config.model.storage, config.adapter.kind, "GRPO"), before, after
+            )

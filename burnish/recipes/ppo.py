@@ -36,7 +36,7 @@ class ValueSettings(Settings):
 class Config(ReinforcementSettings):
     """The settings of PPO, besides those that reinforcement learning has in common."""
 
-    reward: EndedRewardSettings = EndedRewardSettings.model_construct()
+    reward: EndedRewardSettings = EndedRewardSettings.model_construct()  # pyright: ignore[reportIncompatibleVariableOverride]
     profile: Literal["instruct", "summarize"] = Field(
         default="instruct",
         description="Which defaults: those shown here, or those of the TL;DR reproduction (arXiv 2403.17031).",
@@ -156,4 +156,5 @@ def main(config: Config) -> dict[str, Any]:
             # 5. What is left of it: the policy's adapter, the value model's beside it, the table, the page.
             save_trained(policy_learner, policy.model, run.folder, task.start, config, task.tokenizer, task.template)
             save_value(cast, run.folder / "value", task, value_learner)
-            return finish(run, run.folder, method_name(config, "PPO"), before, after)
+            method = method_name(config.model.storage, config.adapter.kind, "PPO")
+            return finish(run, run.folder, method, before, after)

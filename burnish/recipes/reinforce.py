@@ -81,4 +81,6 @@ def main(config: Config) -> dict[str, Any]:
 
             # 5. What is left of it: an adapter or a model, the table, the page.
             save_trained(learner, policy.model, run.folder, task.start, config, task.tokenizer, task.template)
-            return finish(run, run.folder, method_name(config, "REINFORCE++"), before, after)
+            return finish(
+                run, run.folder, method_name(config.model.storage, config.adapter.kind, "REINFORCE++"), before, after
+            )

@@ -6,24 +6,15 @@ Ahmadian et al. 2024 (arXiv 2402.14740). No value model, no clipping; the KL div
 from dataclasses import replace
 from typing import Any
 
-from pydantic import Field
-
 from burnish.sampling.task import open_task
-from burnish.settings import ReinforcementSettings, RolloutSettings
+from burnish.settings import GroupRolloutSettings, ReinforcementSettings
 from burnish.types import RolloutBatch
-
-
-class GroupRolloutSettings(RolloutSettings):
-    """How the policy answers prompts in training: several times each."""
-
-    prompts: int = Field(default=16, ge=1, description="Prompts per step, over all ranks.")
-    samples: int = Field(default=4, ge=2, description="Answers to each prompt, which are compared with each other.")
 
 
 class Config(ReinforcementSettings):
     """The settings of RLOO: those that reinforcement learning has in common. Each step is one update."""
 
-    rollout: GroupRolloutSettings = GroupRolloutSettings.model_construct()
+    rollout: GroupRolloutSettings = GroupRolloutSettings.model_construct()  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -84,4 +75,6 @@ def main(config: Config) -> dict[str, Any]:
 
             # 5. What is left of it: an adapter or a model, the table, the page.
             save_trained(learner, policy.model, run.folder, task.start, config, task.tokenizer, task.template)
-            return finish(run, run.folder, method_name(config, "RLOO"), before, after)
+            return finish(
+                run, run.folder, method_name(config.model.storage, config.adapter.kind, "RLOO"), before, after
+            )

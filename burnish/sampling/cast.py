@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -10,18 +11,20 @@ from torch import nn
 from burnish.engine.assemble import REFERENCE, activation_dtype, lay_out, open_model, trained_parameters
 from burnish.engine.learner import Learner
 from burnish.engine.mesh import Mesh
+from burnish.engine.rewards import REWARD, normaliser
 from burnish.engine.roles import Role
 from burnish.engine.start import Start
 from burnish.model.adapter_files import load_adapter, save_adapter
 from burnish.model.adapters import AdapterSpec, adapter_names, adapter_parameters, add_adapter, copy_adapter
 from burnish.model.checkpoint import base_fingerprint, load_model
 from burnish.model.decoder import Decoder
-from burnish.model.heads import add_head, head_parameters
+from burnish.model.heads import ScalarHead, add_head, head_parameters
 from burnish.sampling.scoring import RewardSource, open_reward, shared_reward
 from burnish.sampling.task import C, Task
 from burnish.settings import AdapterSettings, ReinforcementSettings
 
-REWARD, VALUE = "reward", "value"
+VALUE = "value"
+"""The name of the value model's adapter and of its head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,14 @@ def open_cast(task: Task[C], mesh: Mesh, with_value: bool = False) -> Cast:
     return Cast(
         policy=Role(model, name, temperature=temperature),
         reference=Role(frozen, REFERENCE if REFERENCE in adapter_names(frozen) else None, temperature=temperature),
-        reward=open_reward(config.reward, task, Role(frozen, REWARD, REWARD), mesh),
+        reward=open_reward(
+            config.reward,
+            task.tokenizer,
+            task.template,
+            Role(frozen, REWARD, REWARD) if reward_adapter is not None else None,
+            mesh,
+            config.run.microbatch_tokens,
+        ),
         value=Role(frozen, VALUE, VALUE) if with_value else None,
         policy_parameters=trained_parameters(model, name),
         value_parameters=adapter_parameters(frozen, VALUE) | head_parameters(frozen, VALUE) if with_value else {},
@@ -102,7 +112,7 @@ def _add_value(decoder: Decoder, reward: Path | None, config: ReinforcementSetti
     head.weight.data.zero_()
     if reward is not None:
         mean, deviation = normaliser(reward)
-        source = decoder.heads[REWARD]
+        source = cast(ScalarHead, decoder.heads[REWARD])
         head.weight.data.copy_(source.weight.data / deviation)
         head.bias.data.copy_((source.bias.data - mean) / deviation)
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from burnish.data.chat import end_ids, prompt_ids
-from burnish.data.comparing import collate_comparisons, pack_comparisons
+from burnish.data.comparing import collate_comparisons
+from burnish.data.comparisons import Comparisons
+from burnish.data.packing import pack
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
 from burnish.engine.mesh import Mesh
@@ -101,7 +103,7 @@ def arrange(
         units = [Comparison(tuple(_sequence(rollout) for rollout in part)) for part in members]
         packs = [
             _rollout_batch([units[i] for i in chosen], [rollout for i in chosen for rollout in members[i]])
-            for chosen in (pack_comparisons(units, budget, share_prefix=True) if units else [])
+            for chosen in pack(Comparisons.of(units).sizes(share_prefix=True), budget)
         ]
         packs += [_rollout_batch([_IDLE], [])] * (max(mesh.collect(len(packs))) - len(packs))
         if mesh.any(any(batch.total_weight for batch in packs)):

@@ -1,5 +1,5 @@
-"""Whether the training of a policy is healthy: numbers over all answers of a step, and what it means when one leaves its
-band."""
+"""Whether the training of a policy is healthy: numbers over all answers of a step, and what it means when one leaves
+its band."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

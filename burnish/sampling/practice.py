@@ -32,7 +32,7 @@ class Practice:
         self.stream = task.stream(mesh.rank, mesh.world)
         self.actor = Actor(cast.policy, task.tokenizer, task.template, config.rollout, config.run.seed, mesh)
         self.controller = KLController(config.kl.beta, config.kl.target, config.kl.horizon)
-        self.states = {"kl": self.controller}
+        self.states = {"kl": self.controller, "reward": cast.reward}
         self.health, self.phases = Health(), Phases(mesh.device)
         self.rollouts: list[Rollout] = []
 
