@@ -1,19 +1,25 @@
-"""What a model is worth before and after training: held-out loss, answers to held-out prompts, forgetting."""
+"""What a model is worth before and after training: held-out loss, answers to held-out prompts, forgetting, rewards."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from burnish import world
 from burnish.data.chat import encode
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
+from burnish.engine.roles import Role
 from burnish.evaluate.likelihood import held_out_loss
 from burnish.evaluate.tasks import accuracy, accuracy_by_task, answer_prompts, exact_match
+from burnish.evaluate.versus import Scorer, Versus, gold, has_gold
 from burnish.model.decoder import Decoder
 from burnish.settings import EvaluateSettings
 from burnish.types import Prompt, Text
 from burnish.types import Sequence as TokenSequence
+
+if TYPE_CHECKING:
+    from burnish.sampling.cast import Cast
+    from burnish.sampling.task import Task
 
 NUM_SAMPLES = 24
 """Answers kept for people to read."""
@@ -41,6 +47,15 @@ class Judge:
         self.max_tokens = settings.max_tokens
         general = settings.general
         self.general = general_sequences(general, tokenizer, template, self.longest) if general else []
+        self.versus: Versus | None = None
+        self.scorer_name = ""
+
+    def against(self, reference: Role, scorer: Scorer, scorer_name: str) -> Self:
+        """The same judge, whose verdicts also measure rewards, and the policy against this reference: see `Versus`."""
+        policy, text = Role(self.model, self.adapter), (self.tokenizer, self.template)
+        self.versus = Versus(policy, reference, scorer, *text, self.max_tokens, self.microbatch_tokens)
+        self.scorer_name = scorer_name
+        return self
 
     def losses(self) -> dict[str, float]:
         """Loss, perplexity and accuracy on the held-out rows, and the loss on general text, named for metrics.jsonl."""
@@ -54,20 +69,45 @@ class Judge:
         return metrics
 
     def verdict(self) -> dict[str, Any]:
-        """The losses, the share of prompts answered right, overall and by task, and some answers to read."""
+        """The losses, the share of prompts answered right, overall and by task, what `against` asks for, and samples.
+
+        Prompts without a reference answer are answered, but not graded.
+        """
         found: dict[str, Any] = {"metrics": self.losses(), "samples": []}
-        if self.prompts:
-            answers = answer_prompts(
-                self.model, self.tokenizer, self.template, self.prompts, self.adapter, self.max_tokens, grade
-            )
-            found["metrics"]["eval_exact_match"] = accuracy(answers)
-            found["by_task"] = accuracy_by_task(answers)
+        if not self.prompts:
+            return found
+        answers = answer_prompts(
+            self.model, self.tokenizer, self.template, self.prompts, self.adapter, self.max_tokens, grade
+        )
+        if graded := [answer for answer in answers if answer.correct is not None]:
+            found["metrics"]["eval_exact_match"] = accuracy(graded)
+            found["by_task"] = accuracy_by_task(graded)
             for name, tasks in (("seen", world.SEEN), ("unseen", world.UNSEEN)):
-                if chosen := [answer for answer in answers if answer.prompt.task in tasks]:
+                if chosen := [answer for answer in graded if answer.prompt.task in tasks]:
                     found["metrics"][f"eval_exact_match_{name}"] = accuracy(chosen)
-            step = max(1, len(answers) // NUM_SAMPLES)
-            found["samples"] = [answer.as_dict() for answer in answers[::step][:NUM_SAMPLES]]
+        shown = [answer.as_dict() for answer in answers]
+        if self.versus is not None:
+            metrics, scores = self.versus.measure([answer.rollout for answer in answers])
+            found["metrics"] |= metrics
+            found["scorer"] = self.scorer_name
+            shown = [{**sample, "reward": score} for sample, score in zip(shown, scores, strict=True)]
+        found["samples"] = shown[:: max(1, len(shown) // NUM_SAMPLES)][:NUM_SAMPLES]
         return found
+
+
+def open_judge(task: "Task[Any]", cast: "Cast") -> Judge:
+    """The judge of a policy that learns from its own answers.
+
+    Answers to the embedded world's prompts are scored by its graders, which the policy does not learn from; all others
+    by the reward that it learns from.
+    """
+    config, prompts = task.config, task.data.held_out[: task.config.evaluate.prompts]
+    lengths = (config.data.max_length, max(config.run.microbatch_tokens, config.data.max_length))
+    policy, text = cast.policy, (task.tokenizer, task.template)
+    judge = Judge(policy.model, policy.adapter, *text, [], prompts, config.evaluate, lengths)
+    if prompts and has_gold(prompts):
+        return judge.against(cast.reference, gold, "the embedded world")
+    return judge.against(cast.reference, cast.reward.score, cast.reward.scorer.name)
 
 
 def grade(prompt: Prompt, answer: str) -> bool:

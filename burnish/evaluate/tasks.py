@@ -9,9 +9,12 @@ from burnish.data.chat import end_ids, prompt_ids
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
 from burnish.model.decoder import Decoder
-from burnish.sampling.sampler import generate
-from burnish.types import Prompt
+from burnish.sampling.sampler import Sampler, Sampling
+from burnish.sampling.streams import seed_of
+from burnish.sampling.writing import Asked, Written
+from burnish.types import Prompt, Rollout
 
+NUM_SLOTS = 128
 Grader = Callable[[Prompt, str], bool]
 
 
@@ -21,7 +24,10 @@ class Answer:
 
     prompt: Prompt
     text: str
-    correct: bool
+    correct: bool | None
+    """None where there is nothing to compare it with."""
+    rollout: Rollout
+    """The same as token ids."""
 
     def as_dict(self) -> dict[str, Any]:
         """The answer as a JSON object."""
@@ -45,18 +51,43 @@ def answer_prompts(
     grade: Grader = exact_match,
 ) -> list[Answer]:
     """What the model answers to each prompt, greedily, with its grade."""
-    training = model.training
-    model.eval()
+    rollouts = write_answers(model, tokenizer, template, prompts, adapter, max_tokens)
+    return [
+        Answer(r.prompt, r.answer, None if r.prompt.answer is None else grade(r.prompt, r.answer), r) for r in rollouts
+    ]
+
+
+def write_answers(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    prompts: Sequence[Prompt],
+    adapter: str | None,
+    max_tokens: int,
+    temperature: float = 0.0,
+) -> list[Rollout]:
+    """An answer to each prompt: the most likely tokens, or tokens drawn at a temperature, the same at each call.
+
+    An answer to a prompt that fills the model's positions is empty.
+    """
     ids = [prompt_ids(prompt.messages, tokenizer, template, prompt.tools) for prompt in prompts]
-    written = generate(model, ids, max_tokens, end_ids(tokenizer, template), adapter)
-    model.train(training)
-    texts = [tokenizer.decode(answer).strip() for answer in written]
-    return [Answer(prompt, text, grade(prompt, text)) for prompt, text in zip(prompts, texts, strict=True)]
+    room = [min(max_tokens, model.config.max_positions - len(prompt)) for prompt in ids]
+    asked = [
+        Asked(prompt, seed_of(0, i), left) for i, (prompt, left) in enumerate(zip(ids, room, strict=True)) if left > 0
+    ]
+    sampling = Sampling(max_tokens, temperature, end_ids=end_ids(tokenizer, template))
+    written = iter(Sampler(model, NUM_SLOTS, graphs=False, dense=False).answer(asked, sampling, adapter))
+    answers = [next(written) if left > 0 else Written((), False) for left in room]
+    texts = [tokenizer.decode(list(answer.ids[: len(answer.ids) - answer.ended])).strip() for answer in answers]
+    return [
+        Rollout(prompt, tuple(read), answer.ids, text, answer.ended, group=i)
+        for i, (prompt, read, answer, text) in enumerate(zip(prompts, ids, answers, texts, strict=True))
+    ]
 
 
 def accuracy(answers: Sequence[Answer]) -> float:
     """The share of right answers."""
-    return sum(answer.correct for answer in answers) / max(1, len(answers))
+    return sum(bool(answer.correct) for answer in answers) / max(1, len(answers))
 
 
 def accuracy_by_task(answers: Sequence[Answer]) -> dict[str, float]:

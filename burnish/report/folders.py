@@ -46,7 +46,7 @@ def read_run(folder: Path) -> RunFolder:
         )
     return RunFolder(
         path=folder,
-        row=_mapping(cast(list[Any], rows)[0], path),
+        row=start_of(folder) | _mapping(cast(list[Any], rows)[0], path),
         config=_read_yaml(folder / "config.yaml"),
         environment=_read_mapping(folder / "environment.json"),
         audit=_read_audit(folder / "audit.json"),
@@ -54,6 +54,15 @@ def read_run(folder: Path) -> RunFolder:
         before=_read_mapping(folder / "before.json"),
         after=_read_mapping(folder / "after.json"),
     )
+
+
+def start_of(folder: Path) -> dict[str, str]:
+    """{"from": the folder of the run that a run started from}; nothing where it started from a base."""
+    start = _read_yaml(folder / "config.yaml").get("from")
+    if not start:
+        return {}
+    place = Path(start)
+    return {"from": place.parent.name if place.name in ("adapter", "model") else place.name}
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from burnish.report.folders import Row, labels, read_run
+from burnish.report.folders import Row, labels, read_run, start_of, write_whole
 from burnish.report.page import write_page
 from burnish.report.table import FULL, table
 from burnish.report.units import listing
@@ -21,11 +21,15 @@ if TYPE_CHECKING:  # torch stays out of `burnish report`, which only reads files
 ADAPTER_NAMES = {"lora": "LoRA", "dora": "DoRA", "ia3": "IA³"}
 
 
-def method_name(storage: str, adapter_kind: str) -> str:
-    """What people call the method: full fine-tuning, LoRA, QLoRA (on a base in 4 bits), and so on."""
+def method_name(storage: str, adapter_kind: str, learned: str = "") -> str:
+    """What people call the method: full fine-tuning, LoRA, QLoRA (on a base in 4 bits), and so on.
+
+    `learned` is how it learned, where that was not from examples: `LoRA + DPO`, `QLoRA + PPO`, `LoRA + reward model`.
+    """
     if adapter_kind == "none":
-        return FULL
-    return ("Q" if storage == "nf4" else "") + ADAPTER_NAMES.get(adapter_kind, adapter_kind)
+        return f"Full + {learned}" if learned else FULL
+    weights = ("Q" if storage == "nf4" else "") + ADAPTER_NAMES.get(adapter_kind, adapter_kind)
+    return f"{weights} + {learned}" if learned else weights
 
 
 def finish(run: "Run", folder: Path, method: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Row:
@@ -42,7 +46,10 @@ def finish(run: "Run", folder: Path, method: str, before: Mapping[str, Any], aft
         "metrics": dict(after.get("metrics", {})),
         "before": dict(before.get("metrics", {})),
         "run": folder.resolve().name,
+        **start_of(folder),
     }
+    if "scorer" in after:
+        row["scorer"] = after["scorer"]
     if run.mesh.is_main:
         _write_rows(folder, [row])
         write_page([folder], folder / "report.html", method)
@@ -89,5 +96,5 @@ def num_parameters(model: "nn.Module") -> int:
 
 
 def _write_rows(folder: Path, rows: Sequence[Row]) -> None:
-    (folder / "results.json").write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "table.md").write_text(table(rows) + "\n", encoding="utf-8")
+    write_whole(folder / "results.json", json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / "table.md", table(rows) + "\n")

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from burnish.report.folders import Row, labels
-from burnish.report.units import ABSENT, TIMES, count, duration, percent, signed, size
+from burnish.report.units import ABSENT, TIMES, count, decimal, duration, percent, signed, size
 
 FULL = "Full fine-tuning"
 BASE = "Base model"
+PAIR_ACCURACY = ("eval_preference_accuracy", "eval_reward_accuracy", "eval_accuracy")
+"""What recipes call the share of held-out pairs that they rank right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,24 +57,33 @@ def forgetting(before: Mapping[str, float], after: Mapping[str, float]) -> float
 def bases(rows: Sequence[Row]) -> list[Base]:
     """The distinct starting points of the runs.
 
-    Runs share one when their measurements before training agree but for what storing the weights in 4 bits changes:
-    5 % of a loss, 5 points of an accuracy.
+    Runs share one when they started from the same run, or when their measurements before training agree but for what
+    storing the weights in 4 bits changes: 5 % of a loss, 5 points of an accuracy. A run that started from another one
+    in the table has none: that one's line says where it started.
     """
     found: list[Base] = []
     for index, row in enumerate(rows):
-        known = [rows[base.run]["before"] for base in found]
-        if row.get("before") and not any(_agree(row["before"], other) for other in known):
-            found.append(Base(BASE, index))
-    if len(found) > 1:
+        if not row.get("before") or start(rows, row) is not None:
+            continue
+        if not any(_same_start(row, rows[base.run]) for base in found):
+            found.append(Base(f"Start ({row['from']})" if "from" in row else BASE, index))
+    if len({base.label for base in found}) < len(found):
         names = labels(rows)
-        found = [Base(f"{BASE} of {names[base.run]}", base.run) for base in found]
+        found = [Base(f"{base.label} of {names[base.run]}", base.run) for base in found]
     return found
+
+
+def start(rows: Sequence[Row], row: Row) -> int | None:
+    """Which of the rows is the run that this one started from; None where it is not among them."""
+    if "from" not in row:
+        return None
+    return next((i for i, other in enumerate(rows) if other is not row and other.get("run") == row["from"]), None)
 
 
 def columns(rows: Sequence[Row]) -> tuple[list[str], list[Column]]:
     """The names of the lines (bases first, then runs) and the columns that at least one line has something for."""
     starts = bases(rows)
-    lines = [{"metrics": rows[base.run]["before"]} for base in starts] + list(rows)
+    lines = [_before(rows, base) for base in starts] + list(rows)
     found: list[Column] = []
     for kind in _kinds(rows):
         values = [kind.value(line) for line in lines]
@@ -80,6 +91,17 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[Column]]:
             cells = tuple(ABSENT if v is None else kind.text(v, line) for v, line in zip(values, lines, strict=True))
             found.append(Column(kind.title, kind.short, kind.note, cells, _best(cells, values, len(starts), kind)))
     return [base.label for base in starts] + labels(rows), found
+
+
+def _before(rows: Sequence[Row], base: Base) -> Row:
+    """What is known of a starting point: what its run measured, and how others that started there were scored."""
+    own = rows[base.run]
+    same = [row for row in rows if row.get("before") and start(rows, row) is None and _same_start(row, own)]
+    against_itself = ("eval_kl", "eval_win_rate")
+    metrics = {name: value for name, value in own["before"].items() if name not in against_itself}
+    scored = next((row for row in (own, *same) if "eval_reward" in row["before"]), own)
+    rewards = {name: value for name, value in scored["before"].items() if name == "eval_reward"}
+    return {"metrics": metrics | rewards, "scorer": scored.get("scorer", "")}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -117,7 +139,7 @@ def _kinds(rows: Sequence[Row]) -> list[_Kind]:
         ),
         _Kind(
             "peak memory",
-            "peak memory",
+            "memory",
             "The most memory that tensors held at once in a training step.",
             _top("peak_memory_bytes"),
             lambda v, _: size(v),
@@ -126,18 +148,19 @@ def _kinds(rows: Sequence[Row]) -> list[_Kind]:
         _Kind(when, when, "Time spent in the training loop, with the evaluations in it.", _top("seconds"), time, min),
         _Kind(
             "held-out loss",
-            "held-out loss",
+            "loss",
             "Mean loss per token on rows kept out of training, in nats; lower is better.",
-            _metric("eval_loss"),
+            _likelihood,
             _loss,
             min,
         ),
         *_accuracies(rows),
+        *_preferences(rows),
         _Kind(
             "forgetting",
             "forgetting",
-            "Rise of the loss on general text, in nats a token; 0 is nothing forgotten.",
-            _forgetting,
+            "Rise of the loss on general text since the base, in nats a token; 0 is nothing forgotten.",
+            _forgetting(rows),
             lambda v, _: signed(v),
             min,
         ),
@@ -190,6 +213,63 @@ def _accuracies(rows: Sequence[Row]) -> list[_Kind]:
     ]
 
 
+def _preferences(rows: Sequence[Row]) -> list[_Kind]:
+    """What learning from preferences is about: reward, distance from the reference, wins against it, pairs."""
+    scorers = list(dict.fromkeys(row.get("scorer", "") for row in rows if _metric("eval_reward")(row) is not None))
+    rival = _rival(rows)
+    return [
+        *(_reward(rows, scorer, f" ({scorer})" if len(scorers) > 1 else "") for scorer in scorers),
+        _Kind(
+            "KL from the reference",
+            "KL",
+            "How far the answers moved: their log-probability minus that under the reference, in nats an answer.",
+            _metric("eval_kl"),
+            lambda v, _: decimal(v, 2),
+        ),
+        _Kind(
+            f"win rate against {rival}",
+            f"wins vs {rival}",
+            "Share of held-out prompts where the answer earns a higher reward than that of the model which the run "
+            "started from; ties count half.",
+            _metric("eval_win_rate"),
+            _share,
+            max,
+        ),
+        _Kind(
+            "pairs ranked right",
+            "pair acc.",
+            "Share of held-out pairs whose better answer scores higher: by a reward model's score, or by how much "
+            "likelier than the reference a policy finds it.",
+            _pair_accuracy,
+            _share,
+            max,
+        ),
+    ]
+
+
+def _rival(rows: Sequence[Row]) -> str:
+    """Against whom the win rates are: the one run that all of them started from, by its method, else `start`."""
+    measured = [row for row in rows if _metric("eval_win_rate")(row) is not None]
+    names = {rows[i]["method"] if (i := start(rows, row)) is not None else row.get("from", "base") for row in measured}
+    return str(names.pop()).replace(FULL, "full") if len(names) == 1 else "start"
+
+
+def _reward(rows: Sequence[Row], scorer: str, suffix: str) -> _Kind:
+    """The mean score of held-out answers; where a run was not scored, what one that started from it measured first."""
+
+    def value(row: Row) -> float | None:
+        own = _metric("eval_reward")(row) if row.get("scorer", "") == scorer else None
+        if own is not None:
+            return own
+        heirs = [
+            r for r in rows if r.get("scorer", "") == scorer and (i := start(rows, r)) is not None and rows[i] is row
+        ]
+        return next((found for r in heirs if (found := (r.get("before") or {}).get("eval_reward")) is not None), None)
+
+    note = "Mean score of greedy answers to held-out prompts" + (f", given by {scorer}." if scorer else ".")
+    return _Kind(f"held-out reward{suffix}", f"reward{suffix}", note, value, lambda v, _: decimal(v, 3), max)
+
+
 def _best(cells: Sequence[str], values: Sequence[float | None], num_bases: int, kind: _Kind) -> tuple[bool, ...]:
     """Which runs have the best value, or one that reads the same; none when all read the same."""
     read = {v: cell for v, cell in zip(values[num_bases:], cells[num_bases:], strict=True) if v is not None}
@@ -198,6 +278,12 @@ def _best(cells: Sequence[str], values: Sequence[float | None], num_bases: int, 
         return (False,) * len(cells)
     best = read[kind.better(finite)]
     return tuple(i >= num_bases and cell == best for i, cell in enumerate(cells))
+
+
+def _same_start(one: Row, other: Row) -> bool:
+    if "from" in one or "from" in other:
+        return one.get("from") == other.get("from")
+    return _agree(one["before"], other["before"])
 
 
 def _agree(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
@@ -221,8 +307,25 @@ def _metric(name: str) -> Callable[[Row], float | None]:
     return value
 
 
-def _forgetting(row: Row) -> float | None:
-    return forgetting(row.get("before") or {}, row.get("metrics") or {})
+def _likelihood(row: Row) -> float | None:
+    """The held-out loss per token; None where the loss is one of pairs, which is another quantity."""
+    return None if _pair_accuracy(row) is not None else _metric("eval_loss")(row)
+
+
+def _pair_accuracy(row: Row) -> float | None:
+    return next((v for name in PAIR_ACCURACY if (v := _metric(name)(row)) is not None), None)
+
+
+def _forgetting(rows: Sequence[Row]) -> Callable[[Row], float | None]:
+    """Since the start of the first of the runs that led to a row."""
+
+    def value(row: Row) -> float | None:
+        first, seen = row, 0
+        while (index := start(rows, first)) is not None and seen < len(rows):
+            first, seen = rows[index], seen + 1
+        return forgetting(first.get("before") or {}, row.get("metrics") or {})
+
+    return value
 
 
 def _loss(value: float, _: Any) -> str:

@@ -49,6 +49,11 @@ def signed(value: float) -> str:
     return "0.000" if float(text) == 0 else text.replace("-", MINUS)
 
 
+def decimal(value: float, digits: int) -> str:
+    """A number to so many digits after the point: `0.52`, `−1.30`."""
+    return f"{value + 0.0:.{digits}f}".replace("-", MINUS) if round(value, digits) else f"{0:.{digits}f}"
+
+
 def compact(value: float) -> str:
     """A number as short as it goes, for an axis or a setting: `0.25`, `2e-4`, `12k`."""
     if value == 0:

@@ -1,0 +1,133 @@
+"""What preference learning is judged by on held-out prompts: reward, win rate against the reference, KL from it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from burnish import world
+from burnish.data.packing import collate, pack
+from burnish.data.templates import ChatTemplate
+from burnish.data.tokenizer import Tokenizer
+from burnish.engine.roles import Role
+from burnish.evaluate.tasks import write_answers
+from burnish.types import Prompt, Rollout
+from burnish.types import Sequence as TokenSequence
+
+NUM_DRAWN = 128
+"""Prompts that are answered by drawing, to estimate the KL divergence."""
+
+Scores = list[float | None]
+Scorer = Callable[[Sequence[Rollout]], Scores]
+"""What each answer is worth; None where that could not be found out."""
+
+
+class Versus:
+    """Measures a policy against the reference that it started from, on the same prompts each time it is asked.
+
+    The reference's greedy answers are written and scored once.
+    """
+
+    def __init__(
+        self,
+        policy: Role,
+        reference: Role,
+        scorer: Scorer,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        max_tokens: int,
+        microbatch_tokens: int,
+    ) -> None:
+        # Answers are drawn and scored at temperature 1, whatever the temperature of training: what people will use.
+        self.policy, self.reference = replace(policy, temperature=1.0), replace(reference, temperature=1.0)
+        self.scorer, self.tokenizer, self.template = scorer, tokenizer, template
+        self.max_tokens, self.microbatch_tokens = max_tokens, microbatch_tokens
+        self._asked: list[Prompt] = []
+        self._reference_scores: Scores = []
+
+    def measure(self, answers: Sequence[Rollout]) -> tuple[dict[str, float], Scores]:
+        """The metrics of the policy, given its greedy answers to the held-out prompts, and the score of each.
+
+        `eval_reward`: the mean score. `eval_win_rate`: the share of prompts where it scores higher than the
+        reference's answer, ties half. `eval_kl`: see `divergence`. `eval_answer_tokens`: the mean length. Answers that
+        could not be scored are left out of the first two, and counted in `eval_unscored`.
+        """
+        scores = self.scorer(answers)
+        known = [score for score in scores if score is not None]
+        kl, moved = self.divergence([answer.prompt for answer in answers])
+        metrics = {"eval_kl": kl, "eval_answer_tokens": sum(len(a.answer_ids) for a in answers) / max(1, len(answers))}
+        if len(known) < len(scores):
+            metrics["eval_unscored"] = len(scores) - len(known)
+        if known:
+            metrics["eval_reward"] = sum(known) / len(known)
+            theirs = self._reference_scores_of([answer.prompt for answer in answers], None if moved else scores)
+            if (rate := win_rate(scores, theirs)) is not None:
+                metrics["eval_win_rate"] = rate
+        return metrics, scores
+
+    @torch.no_grad()
+    def divergence(self, prompts: Sequence[Prompt]) -> tuple[float, bool]:
+        """KL(π ‖ π_ref) of an answer, in nats, and whether the two differ in any log-prob.
+
+        The mean, over answers drawn from π, of Σ_t log π(y_t) - log π_ref(y_t): the end token counts. At most NUM_DRAWN
+        prompts are answered, evenly taken from all.
+        """
+        chosen = [prompts[i * len(prompts) // NUM_DRAWN] for i in range(NUM_DRAWN)]
+        chosen = chosen if len(prompts) > NUM_DRAWN else list(prompts)
+        model = self.policy.model
+        drawn = write_answers(
+            model, self.tokenizer, self.template, chosen, self.policy.adapter, self.max_tokens, temperature=1.0
+        )
+        sequences = [_scored(answer) for answer in drawn if answer.answer_ids]
+        longest = max((len(sequence.ids) for sequence in sequences), default=0)
+        total, moved = 0.0, False
+        modes = [(role.model, role.model.training) for role in (self.policy, self.reference)]
+        for decoder, _ in modes:
+            decoder.eval()
+        for members in pack([len(s.ids) for s in sequences], max(longest, self.microbatch_tokens)):
+            batch = collate([sequences[i] for i in members]).to(model.device)
+            ratio_T = self.policy.log_probs(batch).double() - self.reference.log_probs(batch).double()
+            ratio_T = ratio_T.where(batch.weights != 0, 0.0)
+            total, moved = total + ratio_T.sum().item(), moved or bool(ratio_T.any())
+        for decoder, mode in modes:
+            decoder.train(mode)
+        return total / max(1, len(sequences)), moved
+
+    def _reference_scores_of(self, prompts: Sequence[Prompt], same: Scores | None) -> Scores:
+        """The scores of the reference's greedy answers; `same`: those of a policy that is the reference still."""
+        if self._asked != list(prompts):
+            if same is None:
+                role = self.reference
+                written = write_answers(
+                    role.model, self.tokenizer, self.template, prompts, role.adapter, self.max_tokens
+                )
+                same = self.scorer(written)
+            self._asked, self._reference_scores = list(prompts), same
+        return self._reference_scores
+
+
+def win_rate(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float | None:
+    """The share of prompts where our answer scores higher, ties half; None where no prompt has two scores."""
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+    return sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs) if pairs else None
+
+
+def gold(rollouts: Sequence[Rollout]) -> Scores:
+    """What answers to prompts of the embedded world are worth to its own graders."""
+    return [
+        world.worth(rollout.prompt.task, rollout.prompt.answer, rollout.answer)
+        if rollout.prompt.task is not None and rollout.prompt.answer is not None
+        else None
+        for rollout in rollouts
+    ]
+
+
+def has_gold(prompts: Sequence[Prompt]) -> bool:
+    """Whether the embedded world can say what answers to all these prompts are worth."""
+    return all(prompt.task in world.FAMILIES and prompt.answer is not None for prompt in prompts)
+
+
+def _scored(answer: Rollout) -> TokenSequence:
+    """Prompt and answer as one sequence, each token of the answer weighing 1."""
+    prompt, written = answer.prompt_ids, answer.answer_ids
+    return TokenSequence(prompt + written, (0.0,) * len(prompt) + (1.0,) * len(written), row=0)
