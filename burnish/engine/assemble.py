@@ -14,7 +14,14 @@ from burnish.engine.roles import Role
 from burnish.engine.start import Start
 from burnish.engine.trained import check_base
 from burnish.model.adapter_files import load_adapter, save_adapter
-from burnish.model.adapters import AdapterSpec, adapter_names, adapter_parameters, add_adapter, copy_adapter
+from burnish.model.adapters import (
+    AdapterSpec,
+    adapter_names,
+    adapter_parameters,
+    add_adapter,
+    copy_adapter,
+    set_dropout,
+)
 from burnish.model.checkpoint import base_fingerprint, init_model, load_model, save_model
 from burnish.model.decoder import Decoder
 from burnish.optim.adamw import adamw
@@ -58,6 +65,8 @@ def open_model(
         check_base(start.adapter, start.base)
         load_adapter(decoder, start.adapter, REFERENCE)
         copy_adapter(decoder, REFERENCE, POLICY)
+        set_dropout(decoder, REFERENCE, 0.0)  # it may have been trained with some; what it says now must not be noise
+        set_dropout(decoder, POLICY, adapter.dropout)
     elif name is not None:
         spec = AdapterSpec(**adapter.model_dump())
         add_adapter(decoder, name, spec, torch.Generator().manual_seed(run.seed))

@@ -191,6 +191,14 @@ def copy_adapter(model: nn.Module, source: str, name: str) -> None:
         linear_layers(model)[path].adapters[name] = twin
 
 
+def set_dropout(model: nn.Module, name: str, dropout: float) -> None:
+    """From now on an adapter drops this share of what its update reads, in training."""
+    for adapter in adapter_layers(model, name).values():
+        for part in adapter.modules():
+            if isinstance(part, LoRA):
+                part.dropout = dropout
+
+
 def remove_adapter(model: nn.Module, name: str) -> None:
     """Forget an adapter. Raises ValueError where there is none of that name."""
     for path in adapter_layers(model, name):
