@@ -39,7 +39,12 @@ class Meter:
 
     def reading(self) -> dict[str, Any]:
         """What the turn took. The device's unused memory is handed back, for who comes next."""
-        values = {"seconds": self._seconds[self.warm_up :], "first": self._seconds[0], "allocated": 0.0, "reserved": 0.0}
+        values = {
+            "seconds": self._seconds[self.warm_up :],
+            "first": self._seconds[0],
+            "allocated": 0.0,
+            "reserved": 0.0,
+        }
         self._seconds = []
         if self.device.type == "cuda":
             values["allocated"] = torch.cuda.max_memory_allocated() / 2**30

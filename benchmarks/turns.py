@@ -5,6 +5,7 @@ leaves the others. Requests are lines of JSON; an answer is a line that begins w
 they like. Imports no torch.
 """
 
+import contextlib
 import json
 import queue
 import subprocess
@@ -69,10 +70,8 @@ class Worker:
     def close(self) -> None:
         """Ends the process: it is told by the end of its input, and killed when it does not listen."""
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        except BrokenPipeError:
-            pass
         try:
             self._process.wait(timeout=15)
         except subprocess.TimeoutExpired:

@@ -2,7 +2,8 @@
 
 Random words, prompts and answers of fixed length, LoRA on all linear layers, no dropout; gradients are taken of every
 answer token. Both are given what their own documents recommend for speed: bf16, 8-bit AdamW, SDPA; Unsloth its
-patched trainer and its own checkpointing, TRL its chunked head and, where asked, Liger's layer kernels.
+patched trainer and its own checkpointing, TRL its chunked head. `--fused` adds what both offer besides: Liger's layer
+kernels in TRL, a loss from hidden states in Unsloth.
 """
 
 import argparse
@@ -20,13 +21,14 @@ def main(words: list[str]) -> None:
     os.environ.update({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"})
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # a cache shared with another worker would save it the work
     if asked.system == "unsloth":
+        os.environ["UNSLOTH_FUSED_PREFERENCE_LOSS"] = str(asked.fused)
         import unsloth  # before what it patches
     import torch
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
     from benchmarks.meter import Meter, here
-    from benchmarks.peers.gate import Gate
+    from benchmarks.peers.gate import Gate, versions
 
     device = here()
     tokenizer = AutoTokenizer.from_pretrained(asked.model)
@@ -37,7 +39,7 @@ def main(words: list[str]) -> None:
         model, adapter = open_trl(asked, device)
     gate = Gate(Meter(asked.warm_up, asked.timed, device))
     on_card = device.type == "cuda"
-    extra = {"use_liger_kernel": bool(asked.liger)} if asked.system == "trl" else {}
+    extra = {"use_liger_kernel": bool(asked.fused)} if asked.system == "trl" else {}
     if asked.system == "trl" and asked.checkpointing:
         extra["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     config = DPOConfig(
@@ -72,6 +74,7 @@ def main(words: list[str]) -> None:
     )
     check_lengths(trainer, asked)
     gate.about = {
+        "versions": versions(*(["unsloth", "unsloth_zoo"] if asked.system == "unsloth" else []), "trl", "bitsandbytes"),
         "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "load_peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_card else 0.0,
     }
@@ -85,7 +88,7 @@ def read_arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", required=True)
     for name, value in (("prompt", 512), ("answer", 512), ("pairs", 2), ("rank", 16), ("alpha", 32), ("turns", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    for name, value in (("warm-up", 3), ("timed", 5), ("checkpointing", 1), ("cached", 0), ("liger", 0)):
+    for name, value in (("warm-up", 3), ("timed", 5), ("checkpointing", 1), ("cached", 0), ("fused", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
     return parser.parse_args(words)
 

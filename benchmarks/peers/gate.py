@@ -1,6 +1,7 @@
 """A trainer's callback that waits for its turn and times it."""
 
 import sys
+from importlib.metadata import version
 from typing import Any
 
 from transformers import TrainerCallback
@@ -31,3 +32,8 @@ class Gate(TrainerCallback):
         """Stop the clock; at the end of a turn give its reading."""
         if self.meter.end():
             say(self.meter.reading())
+
+
+def versions(*names: str) -> str:
+    """The versions of the libraries that are measured, and of those beneath them."""
+    return " ".join(f"{name} {version(name)}" for name in (*names, "peft", "transformers", "torch"))

@@ -1,0 +1,148 @@
+"""Entries of several systems, measured in turn: round after round, so that each is timed more than once."""
+
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.turns import Clock, Failed, Worker, median
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Entry:
+    """One setting of one system, and what was measured of it."""
+
+    name: str
+    worker: str
+    """The process that measures it; one process may measure several settings."""
+    request: Mapping[str, Any]
+    columns: Mapping[str, object]
+    """What the row says of the setting."""
+    readings: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    about: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What the process said of itself."""
+
+
+def contest(
+    entries: Sequence[Entry], open_worker: Callable[[str], Worker], rounds: int, clock: Clock, together: bool
+) -> None:
+    """Gives every entry its readings, one a round; an entry whose system fails keeps those that it has.
+
+    `together`: all processes stay loaded on the device and take turns. Otherwise each is opened anew in every round,
+    for itself. A round that the clock may not leave time for is not begun.
+    """
+    names = list(dict.fromkeys(entry.worker for entry in entries))
+    workers: dict[str, Worker] = {}
+    try:
+        if together:
+            workers = {name: open_worker(name) for name in names}
+            for name in names:
+                _greet(name, workers, entries, clock)
+        longest = 0.0
+        for turn in range(rounds):
+            before = clock.left()
+            if longest > before:
+                print(f"round {turn + 1} of {rounds} is left out: {before:.0f} s are left", flush=True)
+                break
+            for name in names if not together else list(workers):
+                if not together:
+                    workers[name] = open_worker(name)
+                    _greet(name, workers, entries, clock)
+                _ask(name, workers, entries, clock)
+                if not together and name in workers:
+                    workers.pop(name).close()
+            longest = max(longest, before - clock.left())
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
+def _greet(name: str, workers: dict[str, Worker], entries: Sequence[Entry], clock: Clock) -> None:
+    try:
+        about = workers[name].hear(clock.left())
+    except Failed as error:
+        print(f"{name} is left out: it {error}", flush=True)
+        del workers[name]
+        return
+    print(f"{name} is ready, {clock.left():.0f} s are left", flush=True)
+    for entry in entries:
+        if entry.worker == name:
+            entry.about = about
+
+
+def _ask(name: str, workers: dict[str, Worker], entries: Sequence[Entry], clock: Clock) -> None:
+    for entry in entries:
+        if entry.worker == name and name in workers:
+            try:
+                entry.readings.append(workers[name].ask(entry.request, clock.left()))
+            except Failed as error:
+                print(f"{name} is left out from here on: it {error}", flush=True)
+                del workers[name]
+                return
+            times = entry.readings[-1]["seconds"]
+            print(f"{entry.name}: {median(times):.3f} s a step, first {entry.readings[-1]['first']:.1f} s", flush=True)
+
+
+def row_of(entry: Entry, samples: int, tokens: int) -> dict[str, object]:
+    """The columns that an entry's readings decide: medians over the steps of all rounds, and the highest peaks."""
+    times = [seconds for reading in entry.readings for seconds in reading["seconds"]]
+    seconds = statistics.median(times)
+    rounds = " ".join(f"{samples / statistics.median(reading['seconds']):.3f}" for reading in entry.readings)
+    return {
+        **entry.columns,
+        "tokens_per_step": tokens,
+        "step_seconds": f"{seconds:.4f}",
+        "tokens_per_second": f"{tokens / seconds:.0f}",
+        "peak_allocated_gib": f"{max(reading['allocated'] for reading in entry.readings):.2f}",
+        "peak_reserved_gib": f"{max(reading['reserved'] for reading in entry.readings):.2f}",
+        "compile_seconds": f"{entry.readings[0]['first']:.1f}",
+        "samples_per_second": f"{samples / seconds:.3f}",
+        "note": f"rounds {rounds}",
+        "versions": entry.about.get("versions", ""),
+    }
+
+
+def peers_missing(folder: str) -> str | None:
+    """Why the peers cannot be measured; None when they can."""
+    if not folder:
+        return "write peers=DIR of what benchmarks/peers/fetch.py packs, unpacked"
+    if not (Path(folder) / "site" / "trl").is_dir():
+        return f"{folder}/site/trl is not there: unpack what benchmarks/peers/fetch.py packs"
+    return None
+
+
+def open_ours(words: Sequence[str], log: Path) -> Worker:
+    """A worker of this package, seeing what this process sees."""
+    return Worker([sys.executable, "-m", *words], log, _our_environment(), REPOSITORY)
+
+
+def _our_environment() -> dict[str, str]:
+    given = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *given])}
+
+
+def open_peer(words: Sequence[str], peers: Path, places: Sequence[str], log: Path, scratch: Path) -> Worker:
+    """A worker whose libraries are the peers', first place first; what it writes goes into the scratch folder."""
+    return Worker([sys.executable, "-m", *words], log, peer_environment(peers, places), scratch)
+
+
+def peer_environment(peers: Path, places: Sequence[str]) -> dict[str, str]:
+    """The environment in which Python finds the peers' libraries, and no network is asked for."""
+    path = os.pathsep.join([*(str(peers / place) for place in places), str(REPOSITORY)])
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_DISABLED": "true"}
+    return {**os.environ, **offline, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
+
+
+def make_checkpoints(shape: str, folder: Path) -> None:
+    """The folders of `checkpoints.py`, made by a process of its own. Raises Failed when they are not."""
+    command = [sys.executable, "-m", "benchmarks.checkpoints", shape, str(folder)]
+    done = subprocess.run(command, env=_our_environment(), cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Failed(f"no model could be written to {folder}: {done.stderr.strip().splitlines()[-1:]}")
+    print(done.stdout.strip(), flush=True)

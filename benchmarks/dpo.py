@@ -1,0 +1,226 @@
+"""Pairs per second and peak memory of a DPO step with QLoRA, beside TRL and Unsloth in the same run.
+
+python -m benchmarks.dpo [shape=llama-2-7b] [storage=nf4] [pairs=2] [prompt=512] [answer=512] [rounds=2]
+                         [peers=DIR] [scratch=/dev/shm/burnish-peers] [logs=DIR] [results=FILE] [seconds=540]
+                         [commit=HASH] [note=TEXT]
+
+Random weights, random ids, fixed lengths, LoRA of rank 16 on all linear layers; every answer token is scored. All
+systems are loaded at once and take turns (`turns.py`): a turn is 3 steps of warm-up and 5 timed ones, the device
+synchronised at both ends of each. A row holds the median over the rounds, and the highest
+`torch.cuda.max_memory_allocated`. `peers=` is where `.peers/peers.tar.gz` was unpacked; without it only Burnish is
+measured. The reference is the model without its adapter, in every step, or its log-probs from before (cached).
+"""
+
+import random
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.contest import Entry, contest, make_checkpoints, open_ours, open_peer, peers_missing, row_of
+from benchmarks.meter import Meter, device_name, here
+from benchmarks.models import RANK, open_random
+from benchmarks.rows import current_commit, read_words, write_row
+from benchmarks.shapes import FIRST_ID, SHAPES
+from benchmarks.turns import Clock, Failed, Worker, listen, say
+from burnish import __version__
+from burnish.data.comparing import collate_comparisons
+from burnish.engine.assemble import open_learner, reference_role
+from burnish.engine.learner import Learner
+from burnish.engine.mesh import Mesh
+from burnish.engine.roles import Role
+from burnish.losses.preference import Options, pairs_of, preference_loss
+from burnish.settings import OptimSettings
+from burnish.types import Comparison, PreferenceBatch, Sequence
+
+WORDS = {
+    "shape": "llama-2-7b",
+    "storage": "nf4",
+    "pairs": "2",
+    "prompt": "512",
+    "answer": "512",
+    "rounds": "2",
+    "peers": "",
+    "scratch": "/dev/shm/burnish-peers",
+    "logs": "",
+    "results": "",
+    "seconds": "540",
+    "commit": "",
+    "note": "",
+}
+CHOICES = {"shape": SHAPES, "storage": ("nf4", "bf16")}
+NUMBERS = ("pairs", "prompt", "answer", "rounds", "seconds")
+WARM_UP, TIMED = 3, 5
+BETA = 0.1
+OURS = (
+    {"checkpointing": False, "reference": "each step", "prefix_sharing": True},
+    {"checkpointing": False, "reference": "cached", "prefix_sharing": True},
+    {"checkpointing": True, "reference": "each step", "prefix_sharing": True},
+    {"checkpointing": False, "reference": "each step", "prefix_sharing": False},
+)
+PEERS = (
+    {"system": "trl", "checkpointing": True, "reference": "each step", "fused": False},
+    {"system": "unsloth", "checkpointing": True, "reference": "each step", "fused": False},
+    {"system": "trl", "checkpointing": False, "reference": "each step", "fused": True},
+    {"system": "unsloth", "checkpointing": False, "reference": "each step", "fused": False},
+    {"system": "unsloth", "checkpointing": False, "reference": "each step", "fused": True},
+    {"system": "trl", "checkpointing": False, "reference": "cached", "fused": True},
+    {"system": "unsloth", "checkpointing": False, "reference": "cached", "fused": True},
+)
+"""`fused`: Liger's layer kernels in TRL, a loss from hidden states in Unsloth. The first two are known to run."""
+
+
+def main(asked: Mapping[str, str]) -> None:
+    """Measures Burnish and, where they are, its peers; prints the rows and adds them to results.csv."""
+    clock = Clock(float(asked["seconds"]))
+    scratch, logs = Path(asked["scratch"]), Path(asked["logs"] or asked["scratch"])
+    entries, peers = ours(asked), Path(asked["peers"])
+    if reason := peers_missing(asked["peers"]):
+        print(f"TRL and Unsloth are left out: {reason}", flush=True)
+    else:
+        try:
+            make_checkpoints(asked["shape"], scratch / "model")
+            entries += theirs(asked)
+        except Failed as error:
+            print(f"TRL and Unsloth are left out: {error}", flush=True)
+
+    def open_worker(name: str) -> Worker:
+        log = logs / f"dpo-{name}.log"
+        if name == "burnish":
+            return open_ours(["benchmarks.dpo", "serve", *(f"{key}={value}" for key, value in asked.items())], log)
+        setting = next(entry.request for entry in entries if entry.worker == name)
+        words = peer_words(asked, setting, scratch / "model" / "ended")
+        return open_peer(["benchmarks.peers.dpo", *words], peers, ["site"], log, scratch / name)
+
+    try:
+        contest(entries, open_worker, int(asked["rounds"]), clock, together=True)
+    finally:
+        shutil.rmtree(scratch / "model", ignore_errors=True)
+    device = here()
+    about = {"commit": asked["commit"] or current_commit(), "device": device_name(device), "torch": torch.__version__}
+    pairs = int(asked["pairs"])
+    tokens = pairs * 2 * (int(asked["prompt"]) + int(asked["answer"]))
+    for entry in entries:
+        if entry.readings:
+            row = about | row_of(entry, pairs, tokens)
+            row["note"] = f"{row['note']}; {asked['note']}".rstrip("; ")
+            write_row(row, Path(asked["results"]) if asked["results"] else None)
+
+
+def ours(asked: Mapping[str, str]) -> list[Entry]:
+    """What is measured of Burnish; one process measures it all."""
+    return [
+        Entry(f"burnish, {_words(setting)}", "burnish", setting, _columns(asked, "burnish", setting))
+        for setting in OURS
+    ]
+
+
+def theirs(asked: Mapping[str, str]) -> list[Entry]:
+    """What is measured of the peers, a process each."""
+    entries: list[Entry] = []
+    for number, setting in enumerate(PEERS):
+        system = str(setting["system"])
+        told = {key: value for key, value in setting.items() if key != "system"}
+        columns = _columns(asked, system, told)
+        entries.append(Entry(f"{system}, {_words(told)}", f"{system}-{number}", setting, columns))
+    return entries
+
+
+def peer_words(asked: Mapping[str, str], setting: Mapping[str, object], model: Path) -> list[str]:
+    """The arguments of `peers/dpo.py` for a setting."""
+    numbers = {
+        **{key: asked[key] for key in ("prompt", "answer", "pairs")},
+        "turns": asked["rounds"],
+        "warm-up": WARM_UP,
+        "timed": TIMED,
+        "checkpointing": int(bool(setting["checkpointing"])),
+        "cached": int(setting["reference"] == "cached"),
+        "fused": int(bool(setting["fused"])),
+    }
+    words = ["--system", str(setting["system"]), "--model", str(model)]
+    return words + [word for key, value in numbers.items() for word in (f"--{key}", str(value))]
+
+
+def _words(setting: Mapping[str, object]) -> str:
+    return " ".join(f"{key}={str(value).lower().replace(' ', '-')}" for key, value in setting.items())
+
+
+def _columns(asked: Mapping[str, str], system: str, setting: Mapping[str, object]) -> dict[str, object]:
+    return {
+        "benchmark": "dpo",
+        "system": system,
+        "shape": asked["shape"],
+        "storage": asked["storage"],
+        "adapter": "lora",
+        "rank": RANK,
+        "checkpointing": setting["checkpointing"],
+        "settings": _words({key: value for key, value in setting.items() if key != "checkpointing"})
+        + f" pairs={asked['pairs']} prompt={asked['prompt']} answer={asked['answer']}",
+    }
+
+
+def serve(asked: Mapping[str, str]) -> None:
+    """Burnish's side: a worker that opens the model once and measures the setting of each request."""
+    mesh = Mesh(here())
+    decoder, name = open_random(asked["shape"], asked["storage"], "lora", mesh)
+    learner = open_learner(decoder, name, OptimSettings(lr=1e-4, schedule="constant", warmup=0), 10_000, mesh)
+    sizes = [int(asked[key]) for key in ("pairs", "prompt", "answer")]
+    comparisons = [random_comparisons(*sizes, SHAPES[asked["shape"]]["vocab_size"], seed) for seed in range(4)]
+    meter = Meter(WARM_UP, TIMED, mesh.device)
+    say({"versions": f"burnish {__version__} torch {torch.__version__}"})
+    while (request := listen()) is not None:
+        decoder.checkpointing = request["checkpointing"]
+        batches = [collate_comparisons(units, request["prefix_sharing"]).to(mesh.device) for units in comparisons]
+        steps(learner, Role(decoder, name), batches, request["reference"] == "cached", meter)
+        say(meter.reading())
+
+
+def steps(learner: Learner, policy: Role, batches: list[PreferenceBatch], cached: bool, meter: Meter) -> None:
+    """A turn: as many steps as the meter wants, one batch a step."""
+    reference = reference_role(policy.model)
+
+    @torch.no_grad()
+    def known(batch: PreferenceBatch) -> Tensor:
+        return reference.log_probs(batch)
+
+    before = {id(batch): known(batch) for batch in batches} if cached else {}
+
+    def objective(batch: PreferenceBatch):
+        reference_T = before[id(batch)] if cached else known(batch)
+        pairs = pairs_of(policy.log_probs(batch), reference_T, batch)
+        return preference_loss(pairs, batch.pair_weights, {"sigmoid": 1.0}, Options(beta=BETA))
+
+    full = False
+    while not full:
+        batch = batches[learner.steps_taken % len(batches)]
+        meter.begin()
+        learner.step([batch], objective, lambda batch: batch.num_pairs)
+        full = meter.end()
+
+
+def random_comparisons(pairs: int, prompt: int, answer: int, vocab_size: int, seed: int) -> list[Comparison]:
+    """Pairs of random answers to random prompts, all of one length; every answer token is scored."""
+    draw = random.Random(seed)
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(FIRST_ID, vocab_size) for _ in range(length))
+
+    weights = (0.0,) * prompt + (1.0,) * answer
+    units: list[Comparison] = []
+    for row in range(pairs):
+        asked = ids(prompt)
+        sequences = tuple(Sequence(asked + ids(answer), weights, row) for _ in range(2))
+        units.append(Comparison(sequences, ((0, 1, 0.0),)))
+    return units
+
+
+if __name__ == "__main__":
+    serving = sys.argv[1:2] == ["serve"]
+    try:
+        asked = read_words(sys.argv[2:] if serving else sys.argv[1:], WORDS, CHOICES, NUMBERS)
+    except ValueError as error:
+        sys.exit(f"benchmarks/dpo.py: {error}")
+    (serve if serving else main)(asked)
