@@ -9,10 +9,11 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy
 import safetensors
@@ -23,12 +24,15 @@ from tqdm import tqdm
 
 import burnish
 from burnish.data.cache import default_folder
+from burnish.data.comparing import ComparisonStream
+from burnish.data.comparisons import Comparisons
+from burnish.data.tokenizer import read_json
 from burnish.engine.mesh import Mesh
 from burnish.engine.roles import Role
 from burnish.engine.start import Start
 from burnish.model.checkpoint import base_fingerprint
 from burnish.settings import ModelSettings
-from burnish.types import Comparison, PreferenceBatch
+from burnish.types import PreferenceBatch
 from burnish.types import Sequence as TokenSequence
 
 NAME_BYTES = 16
@@ -37,18 +41,6 @@ Refer = Callable[[PreferenceBatch], PreferenceBatch]
 """Takes a batch of the host to the device, with what the reference makes of it."""
 Known = Mapping[bytes, NDArray[numpy.float32]]
 """The log-probs of the scored tokens of sequences, by name: see `contents`."""
-
-
-class Stream(Protocol):
-    """What `data.comparing.ComparisonStream` is asked for."""
-
-    def steps_in(self, epochs: float) -> int:
-        """Steps until so many passes over the data are complete."""
-        ...
-
-    def step(self, index: int) -> list[PreferenceBatch]:
-        """The micro-batches of this rank at a step."""
-        ...
 
 
 def no_reference(mesh: Mesh) -> Refer:
@@ -81,7 +73,7 @@ def looked_up(known: Known, mesh: Mesh) -> Refer:
 
 @torch.no_grad()
 def ask_about_all(
-    role: Role, streams: Sequence[Stream], mesh: Mesh, progress: Callable[[int, int], None] | None = None
+    role: Role, streams: Sequence[ComparisonStream], mesh: Mesh, progress: Callable[[int, int], None] | None = None
 ) -> Known:
     """What the reference says of every sequence that one pass over each stream brings; the ranks share the work."""
     known: dict[bytes, NDArray[numpy.float32]] = {}
@@ -99,17 +91,17 @@ def ask_about_all(
 
 
 def remembered(
-    units: Iterable[Comparison],
+    data: Iterable[Comparisons],
     about: Mapping[str, Any],
     ask: Callable[[], Known],
     mesh: Mesh,
     folder: Path | None = None,
 ) -> Known:
-    """The log-probs of all sequences of the units: from disk where they are there, else asked for and kept there.
+    """The log-probs of all sequences of the data: from disk where they are there, else asked for and kept there.
 
     `about` names the model that is asked. A file that is damaged is as good as none.
     """
-    names = sorted({_name_of(sequence) for unit in units for sequence in unit.sequences})
+    names = sorted({_name_of(sequence) for part in data for sequence in part.sequences})
     key = hashlib.sha256(json.dumps({**about, "burnish": burnish.__version__}, sort_keys=True).encode())
     key.update(b"".join(names))
     path = (folder or default_folder().with_name("reference")) / f"{key.hexdigest()[:32]}.safetensors"
@@ -123,9 +115,9 @@ def remembered(
 
 
 def about_model(
-    start: Start, model: ModelSettings, adapter: bool, dtype: torch.dtype, device: torch.device, seed: int
+    start: Start, model: ModelSettings, dtype: torch.dtype, device: torch.device, seed: int
 ) -> dict[str, Any]:
-    """What of a model decides its log-probs; `adapter`: whether the one it starts from is part of it."""
+    """What decides the log-probs of the model that training starts from: weights, how they are kept, arithmetic."""
     parts: dict[str, Any] = {"storage": model.storage, "dtype": str(dtype), "device": device.type}
     if model.storage == "nf4":
         parts["double_quant"] = model.double_quant
@@ -133,9 +125,12 @@ def about_model(
         parts["base"] = hashlib.sha256((start.base / "config.json").read_bytes()).hexdigest() + f" {seed}"
     else:
         parts["base"] = base_fingerprint(start.base)
-    if adapter and start.adapter is not None:
-        files = sorted(start.adapter.glob("adapter_*"))
-        parts["adapter"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    if start.adapter is not None:
+        shape = read_json(start.adapter / "adapter_config.json")
+        parts["shape"] = {
+            key: value for key, value in shape.items() if key not in ("base_model_name_or_path", "revision")
+        }
+        parts["adapter"] = hashlib.sha256((start.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
     return parts
 
 
@@ -165,26 +160,29 @@ def _name(ids: NDArray[numpy.int64], scored: NDArray[numpy.bool_]) -> bytes:
 def _load(path: Path, names: Sequence[bytes]) -> Known | None:
     try:
         arrays = load_file(path)
-        ends, log_probs = arrays["ends"], arrays["log_probs"]
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError):
+        ends, log_probs, seal = arrays["ends"], arrays["log_probs"], arrays["seal"].tobytes()
+    except (OSError, KeyError, ValueError, safetensors.SafetensorError):
         return None
-    whole = len(ends) == len(names) and log_probs.dtype == numpy.float32 and numpy.isfinite(log_probs).all()
-    if not whole or (len(ends) and (int(ends[-1]) != len(log_probs) or (numpy.diff(ends, prepend=0) < 0).any())):
+    if seal != _seal(ends, log_probs) or len(ends) != len(names):
         return None
     return dict(zip(names, numpy.split(log_probs, ends[:-1]), strict=True))
+
+
+def _seal(ends: NDArray[numpy.int64], log_probs: NDArray[numpy.float32]) -> bytes:
+    return hashlib.sha256(ends.tobytes() + log_probs.tobytes()).digest()
 
 
 def _store(path: Path, names: Sequence[bytes], known: Known) -> None:
     """Write the log-probs in the order of the names, whole or not at all; a run needs no file to go on."""
     values = [known[name] for name in names]
-    arrays = {"ends": numpy.cumsum([len(value) for value in values]), "log_probs": numpy.concatenate(values)}
+    ends, log_probs = numpy.cumsum([len(value) for value in values]), numpy.concatenate(values)
+    seal = numpy.frombuffer(_seal(ends, log_probs), numpy.uint8)
     aside = path.with_name(f".new-{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, aside)
+        save_file({"ends": ends, "log_probs": log_probs, "seal": seal}, aside)
         aside.replace(path)
     except (OSError, safetensors.SafetensorError) as error:
-        aside.unlink(missing_ok=True)
-        tqdm.write(
-            f"reference log-probs could not be kept in {path.parent} ({error}): the next run computes them again"
-        )
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        tqdm.write(f"reference log-probs could not be kept in {path.parent} ({error}); the next run asks again")
