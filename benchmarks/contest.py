@@ -35,7 +35,7 @@ def contest(
     """Gives every entry its readings, one a round; an entry whose system fails keeps those that it has.
 
     `together`: all processes stay loaded on the device and take turns. Otherwise each is opened anew in every round,
-    for itself. A round that the clock may not leave time for is not begun.
+    for itself. A turn that the clock may not leave time for is not begun.
     """
     names = list(dict.fromkeys(entry.worker for entry in entries))
     workers: dict[str, Worker] = {}
@@ -45,18 +45,17 @@ def contest(
             for name in names:
                 _greet(name, workers, entries, clock)
         longest = 0.0
-        for turn in range(rounds):
+        for name in names * rounds:
             before = clock.left()
             if longest > before:
-                print(f"round {turn + 1} of {rounds} is left out: {before:.0f} s are left", flush=True)
-                break
-            for name in names if not together else list(workers):
-                if not together:
-                    workers[name] = open_worker(name)
-                    _greet(name, workers, entries, clock)
-                _ask(name, workers, entries, clock)
-                if not together and name in workers:
-                    workers.pop(name).close()
+                print(f"{name} has no turn: {before:.0f} s are left, and one took {longest:.0f} s", flush=True)
+                continue
+            if not together:
+                workers[name] = open_worker(name)
+                _greet(name, workers, entries, clock)
+            _ask(name, workers, entries, clock)
+            if not together and name in workers:
+                workers.pop(name).close()
             longest = max(longest, before - clock.left())
     finally:
         for worker in workers.values():
@@ -108,12 +107,12 @@ def row_of(entry: Entry, samples: int, tokens: int) -> dict[str, object]:
     }
 
 
-def peers_missing(folder: str) -> str | None:
+def peers_missing(folder: str, place: str = "site") -> str | None:
     """Why the peers cannot be measured; None when they can."""
     if not folder:
         return "write peers=DIR of what benchmarks/peers/fetch.py packs, unpacked"
-    if not (Path(folder) / "site" / "trl").is_dir():
-        return f"{folder}/site/trl is not there: unpack what benchmarks/peers/fetch.py packs"
+    if not (Path(folder) / place / "trl").is_dir():
+        return f"{folder}/{place}/trl is not there: unpack what benchmarks/peers/fetch.py packs"
     return None
 
 

@@ -67,7 +67,7 @@ def current_commit() -> str:
 
 def write_row(row: Mapping[str, object], results: Path | None = None) -> None:
     """Print the row, with today's date, and append it to results.csv."""
-    dated = {"date": datetime.now(UTC).date().isoformat()} | row
+    dated = {"date": datetime.now(UTC).date().isoformat(), **row}
     print(" ".join(f"{key}={value}" for key, value in dated.items()), flush=True)
     path = results or RESULTS
     new = not path.exists()
