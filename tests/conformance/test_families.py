@@ -1,6 +1,7 @@
 """Every family, against transformers: equal logits, whole, packed, cached and saved."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import transformers
 
 from burnish.model.checkpoint import load_model, save_model
 from burnish.model.families import FAMILIES, read_json
+from burnish.sampling.sampler import Sampler, Sampling
+from burnish.sampling.writing import Asked
 from tests.tiny import tiny_batch, tiny_folder
 
 LENGTHS = (11, 4, 19, 7, 1)
@@ -94,6 +97,7 @@ def test_every_family_equals_transformers(tmp_path: Path, architecture: str, giv
         assert torch.equal(scores.correct, correct)
 
         check_cached(model, expected, batch)
+        check_sampled(model, folder)
 
     save_model(model, tmp_path / "saved", folder, dtype=torch.float32, max_shard_bytes=20_000)
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
@@ -118,6 +122,22 @@ def check_cached(model: Any, expected: torch.Tensor, batch: Any) -> None:
         torch.testing.assert_close(logits, expected[at - 1], **TOLERANCE)
         logits = model.decode(batch.tokens[at], cache)
     torch.testing.assert_close(logits, expected[torch.tensor(ends) + steps - 1], **TOLERANCE)
+
+
+def check_sampled(model: Any, folder: Path) -> None:
+    """With slots filled anew while others go on, every token is the one that transformers finds most likely there."""
+    generator = torch.Generator().manual_seed(1)
+    limits = {9: 4, 2: 9, 14: 6, 1: 11, 5: 3, 7: 8}  # tokens of an answer, by those of its prompt
+    prompts = [torch.randint(3, 320, (length,), generator=generator).tolist() for length in limits]
+    asked = [Asked(prompt, 0, limits[len(prompt)]) for prompt in prompts]
+    written = Sampler(model, 2).answer(asked, Sampling(max(limits.values())), None)
+    assert [len(answer.ids) for answer in written] == list(limits.values())
+    wholes = [[*prompt, *answer.ids] for prompt, answer in zip(prompts, written, strict=True)]
+    lengths = [len(whole) for whole in wholes]
+    packed = replace(tiny_batch(lengths), tokens=torch.tensor(list(itertools.chain(*wholes))))
+    for logits, prompt, whole in zip(transformers_logits(folder, packed).split(lengths), prompts, wholes, strict=True):
+        seen, tokens = logits[len(prompt) - 1 : -1], torch.tensor(whole[len(prompt) :])
+        torch.testing.assert_close(seen.gather(1, tokens[:, None])[:, 0], seen.amax(1), **TOLERANCE)
 
 
 def test_every_family_has_variants() -> None:
