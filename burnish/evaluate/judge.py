@@ -1,6 +1,6 @@
 """What a model is worth before and after training: held-out loss, answers to held-out prompts, forgetting, rewards."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -50,8 +50,13 @@ class Judge:
         self.versus: Versus | None = None
         self.scorer_name = ""
 
-    def against(self, reference: Role, scorer: Scorer, scorer_name: str) -> Self:
-        """The same judge, whose verdicts also measure rewards, and the policy against this reference: see `Versus`."""
+    def against(self, reference: Role | None, scorer: Scorer | None = None, scorer_name: str = "") -> Self:
+        """The same judge, whose verdicts also measure rewards, and the policy against this reference: see `Versus`.
+
+        Without a scorer the embedded world's graders are asked, where they know all prompts.
+        """
+        if scorer is None and self.prompts and has_gold(self.prompts):
+            scorer, scorer_name = gold, "the embedded world"
         policy, text = Role(self.model, self.adapter), (self.tokenizer, self.template)
         self.versus = Versus(policy, reference, scorer, *text, self.max_tokens, self.microbatch_tokens)
         self.scorer_name = scorer_name
@@ -68,10 +73,11 @@ class Judge:
             metrics["eval_general_loss"] = found["loss"]
         return metrics
 
-    def verdict(self) -> dict[str, Any]:
+    def verdict(self, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The losses, the share of prompts answered right, overall and by task, what `against` asks for, and samples.
 
-        Prompts without a reference answer are answered, but not graded.
+        Prompts without a reference answer are answered, but not graded. `before` is the verdict before training, where
+        a continued run must be told what `against` no reference has to win against.
         """
         found: dict[str, Any] = {"metrics": self.losses(), "samples": []}
         if not self.prompts:
@@ -87,9 +93,12 @@ class Judge:
                     found["metrics"][f"eval_exact_match_{name}"] = accuracy(chosen)
         shown = [answer.as_dict() for answer in answers]
         if self.versus is not None:
+            if before is not None and "scores" in before:
+                self.versus.start_scores = before["scores"]
             metrics, scores = self.versus.measure([answer.rollout for answer in answers])
             found["metrics"] |= metrics
-            found["scorer"] = self.scorer_name
+            if self.versus.scorer is not None:
+                found |= {"scorer": self.scorer_name, "scores": scores}
             shown = [{**sample, "reward": score} for sample, score in zip(shown, scores, strict=True)]
         found["samples"] = shown[:: max(1, len(shown) // NUM_SAMPLES)][:NUM_SAMPLES]
         return found
@@ -106,7 +115,7 @@ def open_judge(task: "Task[Any]", cast: "Cast") -> Judge:
     policy, text = cast.policy, (task.tokenizer, task.template)
     judge = Judge(policy.model, policy.adapter, *text, [], prompts, config.evaluate, lengths)
     if prompts and has_gold(prompts):
-        return judge.against(cast.reference, gold, "the embedded world")
+        return judge.against(cast.reference)
     return judge.against(cast.reference, cast.reward.score, cast.reward.scorer.name)
 
 

@@ -25,25 +25,27 @@ Scorer = Callable[[Sequence[Rollout]], Scores]
 class Versus:
     """Measures a policy against the reference that it started from, on the same prompts each time it is asked.
 
-    The reference's greedy answers are written and scored once.
+    The reference's greedy answers are written and scored once. Without a reference, as with full weights, which are
+    what they were only until the first step, nothing is said of the divergence; wins are against `start_scores`, those
+    of the first time. Without a scorer nothing is said of rewards.
     """
 
     def __init__(
         self,
         policy: Role,
-        reference: Role,
-        scorer: Scorer,
+        reference: Role | None,
+        scorer: Scorer | None,
         tokenizer: Tokenizer,
         template: ChatTemplate,
         max_tokens: int,
         microbatch_tokens: int,
     ) -> None:
         # Answers are drawn and scored at temperature 1, whatever the temperature of training: what people will use.
-        self.policy, self.reference = replace(policy, temperature=1.0), replace(reference, temperature=1.0)
+        self.policy = replace(policy, temperature=1.0)
+        self.reference = replace(reference, temperature=1.0) if reference is not None else None
         self.scorer, self.tokenizer, self.template = scorer, tokenizer, template
         self.max_tokens, self.microbatch_tokens = max_tokens, microbatch_tokens
-        self._asked: list[Prompt] = []
-        self._reference_scores: Scores = []
+        self.start_scores: Scores | None = None
 
     def measure(self, answers: Sequence[Rollout]) -> tuple[dict[str, float], Scores]:
         """The metrics of the policy, given its greedy answers to the held-out prompts, and the score of each.
@@ -52,21 +54,27 @@ class Versus:
         reference's answer, ties half. `eval_kl`: see `divergence`. `eval_answer_tokens`: the mean length. Answers that
         could not be scored are left out of the first two, and counted in `eval_unscored`.
         """
+        prompts = [answer.prompt for answer in answers]
+        metrics = {"eval_answer_tokens": sum(len(a.answer_ids) for a in answers) / max(1, len(answers))}
+        moved = self.start_scores is not None
+        if self.reference is not None:
+            metrics["eval_kl"], moved = self.divergence(prompts, self.reference)
+        if self.scorer is None:
+            return metrics, [None] * len(answers)
         scores = self.scorer(answers)
         known = [score for score in scores if score is not None]
-        kl, moved = self.divergence([answer.prompt for answer in answers])
-        metrics = {"eval_kl": kl, "eval_answer_tokens": sum(len(a.answer_ids) for a in answers) / max(1, len(answers))}
         if len(known) < len(scores):
             metrics["eval_unscored"] = len(scores) - len(known)
         if known:
             metrics["eval_reward"] = sum(known) / len(known)
-            theirs = self._reference_scores_of([answer.prompt for answer in answers], None if moved else scores)
-            if (rate := win_rate(scores, theirs)) is not None:
-                metrics["eval_win_rate"] = rate
+        if self.start_scores is None:
+            self.start_scores = self._scores_of_reference(prompts) if moved else scores
+        if (rate := win_rate(scores, self.start_scores)) is not None:
+            metrics["eval_win_rate"] = rate
         return metrics, scores
 
     @torch.no_grad()
-    def divergence(self, prompts: Sequence[Prompt]) -> tuple[float, bool]:
+    def divergence(self, prompts: Sequence[Prompt], reference: Role) -> tuple[float, bool]:
         """KL(π ‖ π_ref) of an answer, in nats, and whether the two differ in any log-prob.
 
         The mean, over answers drawn from π, of Σ_t log π(y_t) - log π_ref(y_t): the end token counts. At most NUM_DRAWN
@@ -81,29 +89,25 @@ class Versus:
         sequences = [_scored(answer) for answer in drawn if answer.answer_ids]
         longest = max((len(sequence.ids) for sequence in sequences), default=0)
         total, moved = 0.0, False
-        modes = [(role.model, role.model.training) for role in (self.policy, self.reference)]
+        modes = [(role.model, role.model.training) for role in (self.policy, reference)]
         for decoder, _ in modes:
             decoder.eval()
         for members in pack([len(s.ids) for s in sequences], max(longest, self.microbatch_tokens)):
             batch = collate([sequences[i] for i in members]).to(model.device)
-            ratio_T = self.policy.log_probs(batch).double() - self.reference.log_probs(batch).double()
+            ratio_T = self.policy.log_probs(batch).double() - reference.log_probs(batch).double()
             ratio_T = ratio_T.where(batch.weights != 0, 0.0)
             total, moved = total + ratio_T.sum().item(), moved or bool(ratio_T.any())
         for decoder, mode in modes:
             decoder.train(mode)
         return total / max(1, len(sequences)), moved
 
-    def _reference_scores_of(self, prompts: Sequence[Prompt], same: Scores | None) -> Scores:
-        """The scores of the reference's greedy answers; `same`: those of a policy that is the reference still."""
-        if self._asked != list(prompts):
-            if same is None:
-                role = self.reference
-                written = write_answers(
-                    role.model, self.tokenizer, self.template, prompts, role.adapter, self.max_tokens
-                )
-                same = self.scorer(written)
-            self._asked, self._reference_scores = list(prompts), same
-        return self._reference_scores
+    def _scores_of_reference(self, prompts: Sequence[Prompt]) -> Scores:
+        """The scores of the reference's own greedy answers."""
+        role = self.reference
+        assert role is not None
+        assert self.scorer is not None
+        written = write_answers(role.model, self.tokenizer, self.template, prompts, role.adapter, self.max_tokens)
+        return self.scorer(written)
 
 
 def win_rate(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float | None:

@@ -1,7 +1,7 @@
-"""Which curves of metrics.jsonl the page draws, and the series that go into them."""
+"""Which curves of metrics.jsonl the page draws, and the series that go into them. Titles say what is measured."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,34 +37,66 @@ class Curves:
 
 
 def draw_curves(runs: Sequence[RunFolder], names: Sequence[str]) -> Curves:
-    """Every curve that some run has points for, all runs in one picture."""
+    """Every curve that some run has points for; runs that measured the same thing are in one picture."""
     logged = {name for run in runs for line in run.metrics for name, value in line.items() if _is_number(value)}
-    others = {name: name for name in sorted(logged - TRAINED.keys() - HELD_OUT.keys() - STEPS.keys() - AXES)}
+    known = TRAINED.keys() | HELD_OUT.keys() | STEPS.keys() | PAIRS.keys() | POLICY.keys() | POLICY_STEPS.keys() | AXES
+    kinds = [_kind(run) for run in runs]
     longest = max((_span(_logged(run, "loss")) for run in runs), default=1)
+    main: list[Figure] = []
+    for kind, words in LOSSES.items():
+        own = [i for i, found in enumerate(kinds) if found == kind]
+        main += _figures({"loss": words, **MORE_OF[kind]}, runs, names, only=own)
+        main += _figures({"eval_loss": HELD_OUT_LOSSES[kind]}, runs, names, only=own)
     return Curves(
-        main=_figures(TRAINED, runs, names) + _figures(HELD_OUT, runs, names),
-        steps=_figures(STEPS, runs, names, small=True),
-        more=_figures(others, runs, names, small=True),
+        main=main + _figures(HELD_OUT, runs, names) + _over_optimisation(runs, names),
+        steps=_figures(STEPS | POLICY_STEPS, runs, names, small=True),
+        more=_figures({name: name for name in sorted(logged - known)}, runs, names, small=True),
         smoothed=longest if longest > 1 else 0,
     )
 
 
+def _kind(run: RunFolder) -> str:
+    """What the loss of a run is: losses of different kinds do not belong into one picture."""
+    logged = {name for line in run.metrics for name in line}
+    return "policy" if "reward" in logged else "pairs" if "margin" in logged else "tokens"
+
+
 def _figures(
-    titles: dict[str, str], runs: Sequence[RunFolder], names: Sequence[str], small: bool = False
+    titles: Mapping[str, str],
+    runs: Sequence[RunFolder],
+    names: Sequence[str],
+    small: bool = False,
+    only: Sequence[int] | None = None,
 ) -> list[Figure]:
-    """A figure for each metric that some run has a finite value of."""
+    """A figure for each metric that some run (of `only` these) has a finite value of."""
     width, height = (280, 170) if small else (400, 230)
     found: list[Figure] = []
     for key, title in titles.items():
-        series = [line for i, run in enumerate(runs) for line in _series(run, key, names[i], i)]
+        members = [(i, run) for i, run in enumerate(runs) if only is None or i in only]
+        series = [line for i, run in members for line in _series(run, key, names[i], i)]
         if any(math.isfinite(y) for line in series for _, y in line.points):
             found.append(Figure(title, line_chart(series, title, width=width, height=height)))
     return found
 
 
+def _over_optimisation(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Figure]:
+    """The reward that is trained on beside one that is not: where they part, the policy games the first (Gao 2022)."""
+    series: list[Series] = []
+    for i, run in enumerate(runs):
+        points, gold = _logged(run, "reward"), _logged(run, "gold") or _held_out(run, "eval_reward")
+        if points and len(gold) > 2:
+            smoothed = smooth(points, _span(points)) if _span(points) > 1 else points
+            series.append(Series(f"{names[i]}, trained on", tuple(thin(smoothed, MOST_POINTS)), i))
+            series.append(Series(f"{names[i]}, not trained on", tuple(thin(gold, MOST_POINTS)), i, dots=True))
+    if not series:
+        return []
+    title = "Reward that is trained on, and (dots) reward that is not"
+    return [Figure(title, line_chart(series, title))]
+
+
 def _series(run: RunFolder, key: str, name: str, style: int) -> list[Series]:
     """The lines of one run: smoothed, as logged, or with dots where it was measured now and then."""
-    if key in HELD_OUT:
+    if key in HELD_OUT or key == "eval_loss":
         return [Series(name, tuple(thin(_held_out(run, key), MOST_POINTS)), style, dots=True)]
     points = _logged(run, key, without="eval_loss" if key == "tokens_per_second" else None)
     if key not in SMOOTHED or _span(points) == 1:
@@ -87,6 +119,8 @@ def _logged(run: RunFolder, name: str, without: str | None = None) -> list[Point
 def _held_out(run: RunFolder, name: str) -> list[Point]:
     """What was measured during the run, with the verdicts before the first and after the last step."""
     points = _logged(run, name)
+    if not points and not name.endswith("loss"):
+        return []  # two points are in the table already
     start, end = run.row.get("before", {}).get(name), run.row.get("metrics", {}).get(name)
     last = max((line["step"] for line in run.metrics if "step" in line), default=None)
     if _is_number(start):
@@ -100,16 +134,48 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-TRAINED = {"loss": "Training loss", "mean_token_accuracy": "Token accuracy in training"}
-HELD_OUT = {"eval_loss": "Held-out loss", "eval_general_loss": "Loss on general text"}
+LOSSES = {"tokens": "Training loss", "pairs": "Training loss, of pairs", "policy": "Loss of the policy"}
+"""By what a run's loss is a mean over."""
+HELD_OUT_LOSSES = {"tokens": "Held-out loss", "pairs": "Held-out loss, of pairs", "policy": "Held-out loss"}
+TRAINED = {"loss": "", "mean_token_accuracy": "Token accuracy in training"}
+PAIRS = {
+    "accuracy": "Pairs ranked right in training",
+    "margin": "By how much the better answer is ahead",
+    "chosen_reward": "Implicit reward of chosen answers",
+    "rejected_reward": "Implicit reward of rejected answers",
+    "chosen_score": "Score of chosen answers",
+    "rejected_score": "Score of rejected answers",
+}
+POLICY = {"reward": "Reward of the answers", "kl": "KL from the reference, in nats an answer"}
+MORE_OF = {"tokens": {"mean_token_accuracy": TRAINED["mean_token_accuracy"]}, "pairs": PAIRS, "policy": POLICY}
+HELD_OUT = {
+    "eval_reward": "Held-out reward",
+    "eval_kl": "Held-out KL from the reference",
+    "eval_win_rate": "Win rate against where it started",
+    "eval_accuracy": "Held-out pairs ranked right",
+    "eval_exact_match": "Held-out accuracy",
+    "eval_general_loss": "Loss on general text",
+}
 STEPS = {"learning_rate": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_second": "Tokens per second"}
-SMOOTHED = {"loss", "mean_token_accuracy", "grad_norm", "tokens_per_second"}
+POLICY_STEPS = {
+    "clip_fraction": "Share of ratios that were clipped",
+    "explained_variance": "Variance that values explain",
+    "entropy": "Entropy of a token, in nats",
+    "eos_rate": "Share of answers that end by themselves",
+    "answer_tokens": "Tokens of an answer",
+    "reward_length_correlation": "Correlation of reward and length",
+    "reward_std": "Deviation of rewards in a step",
+    "beta": "β, what a nat costs",
+    "value_loss": "Loss of the value model",
+}
+SMOOTHED = {"loss", "mean_token_accuracy", "grad_norm", "tokens_per_second"} | PAIRS.keys() | POLICY.keys()
 AXES = {
     "tokens",
     "step",
     "num_tokens",
     "seconds",
     "memory_bytes",
+    "eval_loss",
     "eval_perplexity",
     "eval_mean_token_accuracy",
     "eval_num_tokens",

@@ -12,8 +12,8 @@ from burnish.report.charts import NUM_STYLES, bar_chart
 from burnish.report.curves import draw_curves
 from burnish.report.folders import Row, RunFolder, labels, read_run
 from burnish.report.settings import flat, side_by_side
-from burnish.report.table import bases, columns
-from burnish.report.units import ABSENT, count, duration, listing, percent
+from burnish.report.table import bases, columns, start
+from burnish.report.units import ABSENT, count, decimal, duration, listing, percent
 from burnish.report.verdicts import Model, pair_samples, task_groups
 
 OPEN_SAMPLES = 6
@@ -22,9 +22,12 @@ OPEN_SAMPLES = 6
 HEADLINES = {
     "eval_exact_match_seen": "Accuracy on held-out prompts of seen families",
     "eval_exact_match": "Accuracy on held-out prompts",
+    "eval_reward": "Reward on held-out prompts",
+    "eval_accuracy": "Held-out pairs ranked right",
     "eval_loss": "Held-out loss",
 }
 """What the summary reports, the first of these that was measured."""
+SHARES = {"eval_exact_match_seen", "eval_exact_match", "eval_accuracy"}
 
 
 def write_page(folders: Sequence[Path], out: Path, title: str) -> Path:
@@ -64,8 +67,8 @@ def write_page(folders: Sequence[Path], out: Path, title: str) -> Path:
 
 
 def summary(runs: Sequence[RunFolder], names: Sequence[str]) -> list[str]:
-    """What was done and what came of it: two sentences made of what the files say, where they say it."""
-    return [sentence for sentence in (_task(runs), _outcome(runs, names)) if sentence]
+    """What was done and what came of it: a few sentences made of what the files say, where they say it."""
+    return [sentence for sentence in (_task(runs), _outcome(runs, names), *_wins(runs, names)) if sentence]
 
 
 def _task(runs: Sequence[RunFolder]) -> str:
@@ -86,21 +89,35 @@ def _task(runs: Sequence[RunFolder]) -> str:
 
 
 def _outcome(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
-    """What changed from before to after, by the first headline number that every run has."""
-    starts = bases([run.row for run in runs])
+    """What changed from before to after, by the first headline number that there is a before of, and a run has."""
+    rows = [run.row for run in runs]
+    starts = bases(rows)
     for key, words in HEADLINES.items():
-        after = [run.row.get("metrics", {}).get(key) for run in runs]
-        before = runs[starts[0].run].row["before"].get(key) if len(starts) == 1 else None
-        if before is None or None in after:
+        after = [(row["metrics"][key], name) for row, name in zip(rows, names, strict=True) if key in row["metrics"]]
+        before = rows[starts[0].run]["before"].get(key) if len(starts) == 1 else None
+        if before is None or not after:
             continue
-        told = "{:.3f}".format if key == "eval_loss" else percent
-        if len(runs) == 1:
-            return f"{words}: {told(before)} before, {told(after[0])} after."
-        ends = [
-            f"{told(value)} with {name.replace('Full', 'full', 1)}" for value, name in zip(after, names, strict=True)
-        ]
+        told = percent if key in SHARES else "{:.3f}".format
+        if len(after) == 1:
+            return f"{words}: {told(before)} before, {told(after[0][0])} after."
+        ends = [f"{told(value)} with {name.replace('Full', 'full', 1)}" for value, name in after]
         return f"{words}: {told(before)} before; {listing(ends)}."
     return ""
+
+
+def _wins(runs: Sequence[RunFolder], names: Sequence[str]) -> list[str]:
+    """What learning from preferences brought, for each run that was measured against where it started."""
+    rows = [run.row for run in runs]
+    found: list[str] = []
+    for row, name in zip(rows, names, strict=True):
+        if (rate := row.get("metrics", {}).get("eval_win_rate")) is None:
+            continue
+        index = start(rows, row)
+        rival = names[index] if index is not None else row.get("from", "the base")
+        kl = row["metrics"].get("eval_kl")
+        moved = "" if kl is None else f", {decimal(kl, 2)} nats away from it"
+        found.append(f"{name} wins against {rival} on {percent(rate)} of held-out prompts{moved}.")
+    return found
 
 
 def _base_parameters(row: Row) -> int:

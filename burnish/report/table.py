@@ -237,7 +237,7 @@ def _preferences(rows: Sequence[Row]) -> list[_Kind]:
         ),
         _Kind(
             "pairs ranked right",
-            "pair acc.",
+            "pairs",
             "Share of held-out pairs whose better answer scores higher: by a reward model's score, or by how much "
             "likelier than the reference a policy finds it.",
             _pair_accuracy,

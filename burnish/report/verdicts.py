@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from burnish.report.units import decimal
 from burnish.world import UNSEEN
 
 LONGEST_TEXT = 1200
@@ -37,7 +38,10 @@ class Answer:
 
     model: Model
     text: str
-    correct: bool
+    correct: bool | None
+    """None where there was nothing to compare it with."""
+    reward: str = ""
+    """What it was worth, where answers were scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,9 @@ def pair_samples(models: Sequence[Model]) -> list[Sample]:
         for given in model.verdict.get("samples") or ():
             key = (str(given.get("task")), given["prompt"])
             first.setdefault(key, given)
-            answers.setdefault(key, []).append(Answer(model, clipped(given["answer"]), bool(given["correct"])))
+            worth = given.get("reward")
+            reward = "" if worth is None else decimal(worth, 2)
+            answers.setdefault(key, []).append(Answer(model, clipped(given["answer"]), given["correct"], reward))
     return [
         Sample(
             given.get("task"),

@@ -72,3 +72,12 @@ def test_against_a_reference_the_verdict_says_who_scored_and_what(parts) -> None
     assert found["metrics"].keys() == {"eval_kl", "eval_answer_tokens", "eval_reward", "eval_win_rate"}
     assert (found["metrics"]["eval_reward"], found["metrics"]["eval_win_rate"]) == (1.0, 0.5)
     assert [sample["reward"] for sample in found["samples"]] == [0.0, 1.0, 2.0]
+
+
+def test_a_continued_run_is_told_what_there_is_to_win_against(parts) -> None:
+    def scorer(rollouts: Sequence[Rollout]) -> list[float | None]:
+        return [1.0 for _ in rollouts]
+
+    asked = judge(parts, prompts(2)).against(None, scorer, "a rule")
+    assert asked.verdict({"scores": [0.0, 1.0]})["metrics"]["eval_win_rate"] == 0.75
+    assert "scorer" not in judge(parts, prompts(2)).against(None).verdict()

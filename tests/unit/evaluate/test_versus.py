@@ -72,6 +72,11 @@ def against(
     return Versus(policy, reference, scorer, tokenizer, template, max_tokens, microbatch)
 
 
+def divergence(judge: Versus, prompts: Sequence[Prompt]) -> tuple[float, bool]:
+    assert judge.reference is not None
+    return judge.divergence(prompts, judge.reference)
+
+
 def greedy(judge: Versus, adapter: str = "policy") -> list[Rollout]:
     text = (judge.tokenizer, judge.template)
     return write_answers(judge.policy.model, *text, PROMPTS, adapter, judge.max_tokens)
@@ -102,6 +107,18 @@ def test_the_references_answers_are_written_once_and_are_its_own(model: Decoder,
     assert before["eval_win_rate"] == sum((a > b) + (a == b) / 2 for a, b in zip(ours, theirs)) / len(PROMPTS)  # noqa: B905
 
 
+def test_without_a_reference_wins_are_against_the_first_time(model: Decoder, folder: Path) -> None:
+    judge = against(model, Counting(), folder)
+    judge.reference = None
+    first, start = judge.measure(greedy(judge))
+    assert first.keys() == {"eval_answer_tokens", "eval_reward", "eval_win_rate"}
+    move(model, "policy", 0.5)
+    now, scores = judge.measure(greedy(judge))
+    assert now["eval_win_rate"] == win_rate(scores, start) != 0.5
+    judge.scorer = None
+    assert judge.measure(greedy(judge))[0].keys() == {"eval_answer_tokens"}
+
+
 def test_the_divergence_of_one_token_is_that_of_the_two_distributions(
     model: Decoder, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +133,7 @@ def test_the_divergence_of_one_token_is_that_of_the_two_distributions(
     exact = float((log_p.exp() * (log_p - log_q)).sum())
     deviation = math.sqrt(float((log_p.exp() * (log_p - log_q - exact) ** 2).sum()))
     monkeypatch.setattr(versus, "NUM_DRAWN", 3000)
-    estimate, moved = judge.divergence([PROMPTS[0]] * 3000)
+    estimate, moved = divergence(judge, [PROMPTS[0]] * 3000)
     assert moved
     assert exact > 0.05
     assert abs(estimate - exact) < 4 * deviation / math.sqrt(3000)
@@ -125,8 +142,8 @@ def test_the_divergence_of_one_token_is_that_of_the_two_distributions(
 def test_the_divergence_is_a_sum_over_the_answer_whatever_the_batches(model: Decoder, folder: Path) -> None:
     move(model, "policy", 0.3)
     wide, narrow = (against(model, Counting(), folder, microbatch=tokens) for tokens in (512, 8))
-    kl = wide.divergence(PROMPTS)[0]
-    assert kl == pytest.approx(narrow.divergence(PROMPTS)[0], rel=1e-5)
+    kl = divergence(wide, PROMPTS)[0]
+    assert kl == pytest.approx(divergence(narrow, PROMPTS)[0], rel=1e-5)
     text = (wide.tokenizer, wide.template)
     drawn = write_answers(model, *text, PROMPTS, "policy", 6, temperature=1.0)
     total = 0.0
@@ -144,9 +161,9 @@ def test_at_most_so_many_prompts_are_drawn_from_evenly(
 ) -> None:
     move(model, "policy", 0.3)
     judge = against(model, Counting(), folder)
-    every_other = judge.divergence(PROMPTS[0:4:2])
+    every_other = divergence(judge, PROMPTS[0:4:2])
     monkeypatch.setattr(versus, "NUM_DRAWN", 2)
-    assert judge.divergence(PROMPTS[:4]) == every_other
+    assert divergence(judge, PROMPTS[:4]) == every_other
 
 
 def test_answers_without_a_score_are_left_out_and_counted(model: Decoder, folder: Path) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from burnish.model.linear import Linear
 from burnish.model.storage import STORAGES, Dense
+from burnish.report.folders import read_run
 from burnish.report.results import compare, finish, method_name, num_parameters
 from tests.unit.report.folders import METHODS, bare_run, finished_run
 
@@ -52,13 +53,19 @@ def test_methods_have_the_names_people_use(storage: str, kind: str, name: str) -
     assert method_name(storage, kind) == name
 
 
+def test_what_was_learned_from_comes_after_what_was_trained() -> None:
+    assert method_name("bf16", "lora", "DPO") == "LoRA + DPO"
+    assert method_name("nf4", "lora", "reward model") == "QLoRA + reward model"
+    assert method_name("full", "none", "PPO") == "Full + PPO"
+
+
 def ended_run(is_main: bool) -> Any:
     """What `finish` sees of a Run: LoRA on a small model in 4 bits."""
     model = Small("nf4")
     model.layers[0].adapters["policy"] = adapter = nn.Linear(64, 4)
-    learner = SimpleNamespace(parameters=dict(adapter.named_parameters()))
+    parameters = dict(adapter.named_parameters())
     return SimpleNamespace(
-        learner=learner, model=model, peak_bytes=4096, seconds=2.5, mesh=SimpleNamespace(is_main=is_main)
+        parameters=parameters, model=model, peak_bytes=4096, seconds=2.5, mesh=SimpleNamespace(is_main=is_main)
     )
 
 
@@ -83,6 +90,14 @@ def test_finish_leaves_the_row_the_table_and_the_page(tmp_path: Path, capsys: py
     assert text in printed
     assert str(tmp_path / "report.html") in printed
     assert "<h1>QLoRA</h1>" in (tmp_path / "report.html").read_text()
+
+
+def test_a_row_says_where_the_run_started_and_who_scored_it(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("from: runs/sft/adapter\n")
+    after = {"metrics": {"eval_reward": 0.5}, "scorer": "a rule", "scores": [0.5]}
+    row = finish(ended_run(is_main=True), tmp_path, "LoRA + DPO", {"metrics": {}}, after)
+    assert (row["from"], row["scorer"]) == ("sft", "a rule")
+    assert read_run(tmp_path).row == row
 
 
 def test_other_ranks_know_the_row_and_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
