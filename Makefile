@@ -38,7 +38,7 @@ gpu: $(VENV)/dev ## run the tests that need a CUDA device
 	$(BIN)/pytest tests/gpu
 
 bench: $(VENV)/dev ## measure QLoRA on the Llama-2-7B shape on a CUDA device; adds a row to benchmarks/results.csv
-	$(BIN)/python benchmarks/sft.py
+	$(BIN)/python -m benchmarks.sft
 
 clean: ## delete .venv and caches, never runs/
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from benchmarks.contest import Entry, contest, make_checkpoints, open_ours, open_peer, peers_missing, row_of
 from benchmarks.meter import Meter, device_name, here
@@ -31,6 +30,7 @@ from burnish.data.comparing import collate_comparisons
 from burnish.engine.assemble import open_learner, reference_role
 from burnish.engine.learner import Learner
 from burnish.engine.mesh import Mesh
+from burnish.engine.reference import asked as ask_reference
 from burnish.engine.roles import Role
 from burnish.losses.preference import Options, pairs_of, preference_loss
 from burnish.settings import OptimSettings
@@ -173,32 +173,28 @@ def serve(asked: Mapping[str, str]) -> None:
     say({"versions": f"burnish {__version__} torch {torch.__version__}"})
     while (request := listen()) is not None:
         decoder.checkpointing = request["checkpointing"]
-        batches = [collate_comparisons(units, request["prefix_sharing"]).to(mesh.device) for units in comparisons]
+        batches = [collate_comparisons(units, request["prefix_sharing"]) for units in comparisons]
         steps(learner, Role(decoder, name), batches, request["reference"] == "cached", meter)
         say(meter.reading())
 
 
 def steps(learner: Learner, policy: Role, batches: list[PreferenceBatch], cached: bool, meter: Meter) -> None:
-    """A turn: as many steps as the meter wants, one batch a step."""
-    reference = reference_role(policy.model)
-
-    @torch.no_grad()
-    def known(batch: PreferenceBatch) -> Tensor:
-        return reference.log_probs(batch)
-
-    before = {id(batch): known(batch) for batch in batches} if cached else {}
+    """A turn of what the recipe does: as many steps as the meter wants, one batch a step."""
+    refer = ask_reference(reference_role(policy.model), learner.mesh)
+    before = [refer(batch) for batch in batches] if cached else []
 
     def objective(batch: PreferenceBatch):
-        reference_T = before[id(batch)] if cached else known(batch)
-        pairs = pairs_of(policy.log_probs(batch), reference_T, batch)
+        pairs = pairs_of(policy.log_probs(batch), batch.reference_log_probs, batch)
         return preference_loss(pairs, batch.pair_weights, {"sigmoid": 1.0}, Options(beta=BETA))
 
     full = False
     while not full:
-        batch = batches[learner.steps_taken % len(batches)]
+        place = learner.steps_taken % len(batches)
         meter.begin()
-        learner.step([batch], objective, lambda batch: batch.num_pairs)
+        batch = before[place] if cached else refer(batches[place])
+        metrics = learner.step([batch], objective, lambda batch: batch.num_pairs)
         full = meter.end()
+    print(f"step {learner.steps_taken}: loss {metrics['loss']:.4f}", flush=True)
 
 
 def random_comparisons(pairs: int, prompt: int, answer: int, vocab_size: int, seed: int) -> list[Comparison]:

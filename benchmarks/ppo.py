@@ -205,7 +205,7 @@ def reading_of(steps: list[dict[str, Any]], results: Mapping[str, Any]) -> dict[
     return {
         "seconds": seconds[WARM_UP:],
         "first": seconds[0],
-        "allocated": results["peak_bytes"] / 2**30,
+        "allocated": results["peak_memory_bytes"] / 2**30,
         "reserved": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0,
         "phases": phases,
     }

@@ -30,7 +30,7 @@ class Worker:
         log.parent.mkdir(parents=True, exist_ok=True)
         cwd.mkdir(parents=True, exist_ok=True)
         self.log = log
-        self._file = log.open("w", encoding="utf-8", errors="replace")
+        self._file = log.open("a", buffering=1, encoding="utf-8", errors="replace")
         self._process = subprocess.Popen(
             list(command),
             stdin=subprocess.PIPE,
@@ -42,7 +42,8 @@ class Worker:
             errors="replace",
         )
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     def hear(self, seconds: float) -> dict[str, Any]:
         """Its next answer. Raises Failed when it ends, or says nothing for so long."""
@@ -70,6 +71,7 @@ class Worker:
     def close(self) -> None:
         """Ends the process: it is told by the end of its input, and killed when it does not listen."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
@@ -77,6 +79,10 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._listener.join(timeout=5)  # a process that it left behind may still hold its output open
+        if not self._listener.is_alive():
+            self._process.stdout.close()
+            self._file.close()
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
@@ -85,11 +91,9 @@ class Worker:
                 self._answers.put(json.loads(line.removeprefix(MARK)))
             else:
                 self._file.write(line)
-        self._file.flush()
         self._answers.put(None)
 
     def _last_line(self) -> str:
-        self._file.flush()
         lines = [line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines()]
         return next((f"its last words: {line[:300]}" for line in reversed(lines) if line), "it left no words")
 

@@ -1,16 +1,40 @@
-"""What the benchmark can be asked for: a misspelt word would have measured something else than it says."""
+"""What the benchmarks can be asked for, that the work is what they say, and that a comparison survives its systems."""
 
-import importlib.util
+import csv
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "sft.py"
-SPEC = importlib.util.spec_from_file_location("sft_benchmark", SCRIPT)
-assert SPEC is not None
-assert SPEC.loader is not None
-sft = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(sft)
+from benchmarks import dpo, ppo, sft
+from benchmarks.contest import Entry, contest, peers_missing, row_of
+from benchmarks.meter import Meter
+from benchmarks.models import open_random
+from benchmarks.peers import dpo as peer_dpo
+from benchmarks.peers import fetch
+from benchmarks.peers import ppo as peer_ppo
+from benchmarks.rows import COLUMNS, RESULTS, write_row
+from benchmarks.rows import read_words as read
+from benchmarks.shapes import SHAPES
+from benchmarks.turns import Clock, Failed, Worker
+from burnish.data.comparing import collate_comparisons
+from burnish.engine.assemble import open_learner
+from burnish.engine.mesh import Mesh
+from burnish.engine.roles import Role
+from burnish.settings import OptimSettings
+
+SYSTEM = """
+import os, sys
+from benchmarks.turns import listen, say
+print("libraries print what they like", end="")
+say({"versions": "one 1.0"})
+while (request := listen()) is not None:
+    if "fail" in request:
+        print("ValueError: it does not fit", file=sys.stderr)
+        sys.exit(3)
+    say({"seconds": [request["seconds"]] * 3, "first": 1.0, "allocated": 2.0, "reserved": 3.0, "pid": os.getpid()})
+"""
 
 
 @pytest.mark.parametrize(
@@ -21,7 +45,7 @@ SPEC.loader.exec_module(sft)
         ("zzz=3", "^zzz=3 is not known: known are shape, storage, adapter, checkpointing, sequences, length, "),
         ("storage=nf5", "^storage=nf5 is not known: write one of full, bf16, fp32, nf4$"),
         ("adapter=lorra", "^adapter=lorra is not known: write one of none, lora, dora, ia3$"),
-        ("shape=llama", "^shape=llama is not known: write one of llama-2-7b, llama-3.1-8b$"),
+        ("shape=llama", "^shape=llama is not known: write one of llama-2-7b, llama-3.1-8b, tiny$"),
         ("checkpointing=yes", "^checkpointing=yes is not known: write one of true, false$"),
         ("length=-1", "^length=-1 must be a whole number above 0$"),
         ("sequences=0", "^sequences=0 must be a whole number above 0$"),
@@ -36,3 +60,155 @@ def test_words_are_read_and_the_others_have_their_defaults() -> None:
     asked = sft.read_words(["storage=bf16", "length=512", "note=a=b c"])
     assert asked == sft.WORDS | {"storage": "bf16", "length": "512", "note": "a=b c"}
     assert sft.read_words([]) == sft.WORDS
+
+
+def test_every_row_of_the_results_has_every_column(tmp_path: Path) -> None:
+    with RESULTS.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.reader(file))
+    assert lines[0] == COLUMNS
+    assert {len(line) for line in lines} == {len(COLUMNS)}
+    write_row({"benchmark": "dpo", "versions": "one 1.0, two"}, tmp_path / "rows.csv")
+    with (tmp_path / "rows.csv").open(newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["benchmark"], row["versions"], row["shape"]) == ("dpo", "one 1.0, two", "")
+
+
+def entry(worker: str, **request: object) -> Entry:
+    return Entry(f"{worker} {request}", worker, request, {"benchmark": "dpo"})
+
+
+def open_system(tmp_path: Path, source: str = SYSTEM) -> Worker:
+    env = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    return Worker([sys.executable, "-c", source], tmp_path / "log.txt", env, tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_systems_take_turns_and_one_that_breaks_leaves_the_others(tmp_path: Path, capsys, together: bool) -> None:
+    entries = [entry("a", seconds=0.5), entry("a", seconds=0.25), entry("b", fail=True), entry("c", seconds=2.0)]
+    contest(entries, lambda name: open_system(tmp_path / name), 2, Clock(60), together)
+    readings = [[reading["seconds"][0] for reading in entry.readings] for entry in entries]
+    assert readings == [[0.5, 0.5], [0.25, 0.25], [], [2.0, 2.0]]
+    processes = {reading["pid"] for entry in entries[:2] for reading in entry.readings}
+    assert len(processes) == (1 if together else 2)
+    assert "b is left out from here on: it ended with exit status 3; its last words: ValueError: it does not fit" in (
+        capsys.readouterr().out
+    )
+    assert "libraries print" in (tmp_path / "a" / "log.txt").read_text()
+
+
+def test_a_system_that_says_nothing_is_given_up(tmp_path: Path) -> None:
+    worker = open_system(tmp_path, "import sys; print('working', flush=True); sys.stdin.read()")
+    with pytest.raises(Failed, match="^said nothing for 1 s; its last words: working$"):
+        worker.hear(1.0)
+
+
+def test_no_turn_is_begun_that_the_clock_leaves_no_time_for(tmp_path: Path, capsys) -> None:
+    class Spent(Clock):
+        """The first turn takes 40 of 60 seconds."""
+
+        def __init__(self) -> None:
+            self.times = iter([60.0, 60.0, 60.0, 60.0, 20.0, 20.0])
+
+        def left(self) -> float:
+            return next(self.times)
+
+    entries = [entry("a", seconds=0.5)]
+    contest(entries, lambda name: open_system(tmp_path), 2, Spent(), together=True)
+    assert len(entries[0].readings) == 1
+    assert "a has no turn: 20 s are left, and one took 40 s" in capsys.readouterr().out
+
+
+def test_a_row_holds_medians_over_the_rounds_and_the_highest_peaks() -> None:
+    found = entry("a")
+    found.readings = [
+        {"seconds": [0.5, 0.5, 9.0], "first": 7.0, "allocated": 5.0, "reserved": 6.0},
+        {"seconds": [0.5, 0.4, 0.4], "first": 1.0, "allocated": 5.5, "reserved": 5.75},
+    ]
+    found.about = {"versions": "one 1.0"}
+    assert row_of(found, samples=2, tokens=4096) == {
+        "benchmark": "dpo",
+        "tokens_per_step": 4096,
+        "step_seconds": "0.5000",
+        "tokens_per_second": "8192",
+        "peak_allocated_gib": "5.50",
+        "peak_reserved_gib": "6.00",
+        "compile_seconds": "7.0",
+        "samples_per_second": "4.000",
+        "note": "rounds 4.000 5.000",
+        "versions": "one 1.0",
+    }
+
+
+def test_a_meter_counts_no_warm_up() -> None:
+    meter = Meter(2, 3, torch.device("cpu"))
+    for _ in range(2):
+        assert meter.fresh
+        ends = []
+        for _ in range(5):
+            meter.begin()
+            ends.append(meter.end())
+        assert ends == [False, False, False, False, True]
+        assert len(meter.reading()["seconds"]) == 3
+
+
+def test_pairs_have_the_tokens_that_peers_are_given() -> None:
+    comparisons = dpo.random_comparisons(3, 16, 8, 320, seed=0)
+    whole = collate_comparisons(comparisons, share_prefix=False)
+    assert (whole.num_sequences, len(whole.tokens), whole.num_pairs) == (6, 6 * 24, 3.0)
+    assert whole.total_weight == 6 * 8
+    shared = collate_comparisons(comparisons, share_prefix=True)
+    assert len(shared.tokens) == 3 * (16 + 2 * 8 + 1)  # the last prompt token stays each answer's own
+    assert (shared.total_weight, shared.num_pairs) == (whole.total_weight, whole.num_pairs)
+    asked = read([], dpo.WORDS, dpo.CHOICES, dpo.NUMBERS)
+    given = peer_dpo.read_arguments(dpo.peer_words(asked, dpo.PEERS[-1], Path("model")))
+    assert (given.pairs, given.prompt, given.answer) == (2, 512, 512)
+    assert (given.system, given.checkpointing, given.cached, given.fused) == ("unsloth", 0, 1, 1)
+    assert (given.turns, given.warm_up, given.timed) == (2, dpo.WARM_UP, dpo.TIMED)
+
+
+@pytest.mark.parametrize("setting", dpo.OURS, ids=str)
+def test_every_setting_of_dpo_can_be_measured(setting: dict[str, object], capsys) -> None:
+    mesh, meter = Mesh(torch.device("cpu")), Meter(1, 2, torch.device("cpu"))
+    decoder, name = open_random("tiny", "nf4", "lora", mesh, bool(setting["checkpointing"]))
+    learner = open_learner(decoder, name, OptimSettings(lr=1e-4, schedule="constant", warmup=0), 10, mesh)
+    units = [dpo.random_comparisons(2, 16, 8, SHAPES["tiny"]["vocab_size"], seed) for seed in range(2)]
+    batches = [collate_comparisons(pairs, bool(setting["prefix_sharing"])) for pairs in units]
+    dpo.steps(learner, Role(decoder, name), batches, setting["reference"] == "cached", meter)
+    assert len(meter.reading()["seconds"]) == 2
+    assert learner.steps_taken == 3
+    loss = float(capsys.readouterr().out.split()[-1])
+    assert loss == pytest.approx(0.6931, abs=0.01)  # log 2 at the start, and a rate too small to leave it
+
+
+def test_peers_that_are_not_there_are_left_out_with_the_reason(tmp_path: Path) -> None:
+    assert peers_missing("") == "write peers=DIR of what benchmarks/peers/fetch.py packs, unpacked"
+    reason = peers_missing(str(tmp_path), "trl112")
+    assert reason == f"{tmp_path}/trl112/trl is not there: unpack what benchmarks/peers/fetch.py packs"
+    (tmp_path / "site" / "trl").mkdir(parents=True)
+    assert peers_missing(str(tmp_path)) is None
+
+
+def test_what_a_cuda_13_machine_does_not_read_is_left_out() -> None:
+    assert fetch.is_read("bitsandbytes/libbitsandbytes_cuda130.so")
+    assert not fetch.is_read("bitsandbytes/libbitsandbytes_cuda129.so")
+    assert not fetch.is_read("studio/frontend/dist/index.html")
+    assert fetch.is_read("unsloth/models/llama.py")
+    assert fetch.is_read("unsloth-2026.10.9.dist-info/RECORD")  # transformers finds packages by it
+
+
+def test_trl_is_asked_for_the_same_answers() -> None:
+    asked = read(["shape=tiny", "prompts=4", "prompt=16", "answer=8"], ppo.WORDS, ppo.CHOICES, ppo.NUMBERS)
+    given = peer_ppo.read_arguments(ppo.peer_words(asked, Path("model")))
+    assert (given.prompts, given.prompt, given.answer, given.small) == (4, 16, 8, "tiny")
+    assert (given.micro, given.warm_up, given.timed) == (4, ppo.WARM_UP, ppo.PEER_TIMED)
+
+
+def test_a_reading_divides_updates_into_phases() -> None:
+    def step(end: float, rollout: float) -> dict[str, float]:
+        seconds = {"rollout": rollout, "scoring": 0.25, "observing": 0.25, "update": 0.5}
+        return {"seconds": end, **{f"{name}_seconds": value for name, value in seconds.items()}}
+
+    steps = [step(9.0, 8.0), step(11.0, 1.0), {"eval_loss": 1.0}, step(13.5, 1.5), step(15.5, 1.0)]
+    reading = ppo.reading_of(steps, {"peak_memory_bytes": 2**31})
+    assert (reading["seconds"], reading["first"], reading["allocated"]) == ([2.0, 2.5, 2.0], 9.0, 2.0)
+    assert ppo.shares([reading]) == "rollout=54% scoring=12% observing=12% update=23%"
