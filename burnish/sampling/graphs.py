@@ -1,5 +1,6 @@
 """CUDA graphs: a step that was run before is replayed as a whole, without the host launching each kernel."""
 
+import functools
 from collections.abc import Callable, Hashable
 
 import torch
@@ -15,7 +16,6 @@ class Graphs:
     def __init__(self) -> None:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
         """Have the step done on the device, now or soon."""
@@ -30,13 +30,20 @@ class Graphs:
 
     def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        stream = _stream(current.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             # Other threads may go on using the device: those that load data, say.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 step()
             finally:
                 graph.capture_end()
-        current.wait_stream(self._stream)
+        current.wait_stream(stream)
         return graph
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures of a device: with each new one PyTorch would keep a workspace for matmuls."""
+    return torch.cuda.Stream(device)

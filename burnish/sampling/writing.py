@@ -24,7 +24,7 @@ PREFILL_TOKENS = 16_384
 STRIDE = 8
 """Steps between two looks at what a GPU has written: each look makes the host wait for it."""
 CONTEXT = 128
-"""With CUDA graphs attention reads a multiple of so many places: each multiple is a graph of its own."""
+"""On a GPU attention reads a multiple of so many places: each multiple is a CUDA graph of its own."""
 ROOM = 256
 """With `invariant` a slot has a multiple of so many places, and attention reads them all."""
 
@@ -95,7 +95,7 @@ class Writing:
         rounding = 1
         if self.means.invariant:
             room = rounding = -(-room // ROOM) * ROOM
-        elif self.means.graphs and self.on_gpu:
+        elif self.on_gpu:
             rounding = max(CONTEXT, (1 << (room - 1).bit_length()) // 16)
             room = -(-room // rounding) * rounding
         # A rank that has nothing to read while others do reads a token into a slot more, which nobody uses.
