@@ -22,11 +22,6 @@ class Stops:
             return None
         return next(end for end in range(checked + 1, len(ids) + 1) if self._in(ids[start:end]))
 
-    def cut(self, text: str) -> str:
-        """The text before the first stop string in it."""
-        places = [place for string in self.strings if (place := text.find(string)) >= 0]
-        return text[: min(places, default=len(text))]
-
     def _start(self, ids: Sequence[int], checked: int) -> int:
         """From which token on text must be looked at for what a stop string may have begun with."""
         back = self._reach
@@ -37,3 +32,9 @@ class Stops:
     def _in(self, ids: Sequence[int]) -> bool:
         text = self._decode(list(ids))
         return any(string in text for string in self.strings)
+
+
+def before_stop(text: str, strings: Sequence[str]) -> str:
+    """The text before the first of the stop strings in it."""
+    places = [place for string in strings if (place := text.find(string)) >= 0]
+    return text[: min(places, default=len(text))]

@@ -56,6 +56,23 @@ def test_the_same_seed_draws_the_same_and_alone_as_in_company(capsys):
     assert drawn("prompt=' The cat'", 1)[0] == drawn("prompt=[' The cat', ' The dog is a']", 1)[0]
 
 
+def test_generate_draws_as_it_is_told(capsys):
+    words = ["generate", "model.path=embedded", "chat=false", "prompt=[' The cat', ' The dog']", "max_tokens=12"]
+
+    def answers(*more: str):
+        return [found["answer"] for found in as_json(capsys, *words, *more)["answers"]]
+
+    greedy, drawn = answers(), answers("temperature=1.5", "samples=3")
+    assert len(set(drawn)) == 6
+    assert drawn[:2] == answers("temperature=1.5", "samples=2")[:2]
+    for narrow in ("top_k=1", "top_p=0.0001"):
+        assert answers("temperature=1.5", narrow) == greedy
+    for found, whole in zip(answers("stop=[a,o]"), greedy, strict=True):
+        assert found == whole[: min(whole.index(letter) for letter in "ao" if letter in whole)].strip()
+    assert "stop: an empty text" in complaint(capsys, *words, 'stop=[""]')
+    assert "go beyond the 1024 positions" in complaint(capsys, *words, "max_tokens=2000")
+
+
 def test_eval_does_not_depend_on_its_batches(capsys, run):
     words = ["eval", f"model.adapter={run}", "data.path=embedded", "data.limit=60", "data.max_length=128"]
     small = as_json(capsys, *words, "microbatch_tokens=128")

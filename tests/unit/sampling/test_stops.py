@@ -5,7 +5,7 @@ import random
 import pytest
 
 from burnish.data.tokenizer import Tokenizer
-from burnish.sampling.stops import Stops
+from burnish.sampling.stops import Stops, before_stop
 from tests.tiny import tiny_tokenizer
 
 
@@ -46,8 +46,7 @@ def test_tokens_without_text_do_not_hide_what_came_before(tokenizer):
     assert stops.find(ids, len(ids) - 1) == len(ids)
 
 
-def test_the_text_before_a_stop_string(tokenizer):
-    stops = Stops(["###", "\n"], tokenizer.decode)
-    assert stops.cut("one\ntwo###three") == "one"
-    assert stops.cut("one###\n") == "one"
-    assert stops.cut("one") == "one"
+def test_the_text_before_a_stop_string():
+    assert before_stop("one\ntwo###three", ["###", "\n"]) == "one"
+    assert before_stop("one###\n", ["###", "\n"]) == "one"
+    assert before_stop("one", ["###", "\n"]) == before_stop("one", ()) == "one"
