@@ -11,6 +11,8 @@ import numpy
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
+from burnish.data.answers import DROPS as ANSWER_DROPS
+from burnish.data.comparisons import Comparisons
 from burnish.data.corpus import Corpus
 from burnish.data.repair import DROPS, REPAIRS
 
@@ -42,10 +44,15 @@ class Finding:
 MEANINGS = {
     **REPAIRS,
     **DROPS,
+    **ANSWER_DROPS,
     "too_long": "more tokens than data.max_length",
     "untrained": "no token has a weight",
     "template_refused": "the chat template does not take such a conversation",
     "also_in_training": "a training row asks the same",
+    "same_tokens": "two answers are the same tokens, and one is called better",
+    "prompt_too_long": "the prompt leaves no room for an answer",
+    "over_budget": "the answers together have more tokens than a micro-batch takes",
+    "unmatched": "no answer to another prompt fits beside it",
 }
 """What the names of findings mean."""
 
@@ -105,6 +112,51 @@ class Lengths:
         return self.tokens - self.trained
 
 
+LOPSIDED = 2 / 3
+"""The share of pairs whose better answer is longer (or shorter) from which length alone may be what is learned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What there is to say about compared answers; lengths are in trained tokens."""
+
+    pairs: int
+    margins: int
+    """Pairs with a margin."""
+    better_length: float
+    """Of the better (or wanted) answers, on average."""
+    worse_length: float
+    longer: float
+    """The share of pairs whose better answer is the longer one."""
+    shorter: float
+    stored: int
+    """Tokens in batches, where shared prompts stand once."""
+    wanted: int = 0
+    unwanted: int = 0
+    mismatched: int = 0
+    """Answers to other prompts."""
+
+    def lines(self, tokens: int) -> Iterator[str]:
+        """The numbers for a terminal; `tokens` are those of all sequences, whole."""
+        means = f"{self.better_length:,.1f} tokens on average, {self.worse_length:,.1f}"
+        if self.pairs:
+            some = f", {self.margins:,} with a margin" if self.margins else ""
+            yield f"pairs       {self.pairs:,}{some}; better answers have {means} the others"
+            yield f"            the better one is longer in {self.longer:.1%}, shorter in {self.shorter:.1%}"
+        else:
+            kinds = f"{self.wanted:,} wanted and {self.unwanted:,} unwanted"
+            yield f"labels      {kinds} answers; {means} the unwanted ones"
+            yield f"            {self.mismatched:,} answers to other prompts, for the estimate of the divergence"
+        saved = 1 - self.stored / tokens if tokens else 0.0
+        yield f"sharing     {self.stored:,} tokens where shared prompts stand once, {saved:.1%} fewer"
+
+    def bias(self) -> Iterator[str]:
+        """A remark when one glance at the lengths would tell better from worse."""
+        longer, share = ("longer", self.longer) if self.longer > self.shorter else ("shorter", self.shorter)
+        if self.pairs and share >= LOPSIDED:
+            yield f"length bias: the better answer is {longer} in {share:.1%} of pairs, so length alone tells much"
+
+
 @dataclass(frozen=True, slots=True)
 class HeldOut:
     """The rows kept for evaluation."""
@@ -147,6 +199,8 @@ class Audit:
     end_tokens: tuple[str, ...]
     held_out: HeldOut
     notes: tuple[str, ...] = ()
+    answers: Answers | None = None
+    """Where answers are compared."""
 
     def as_dict(self) -> dict[str, Any]:
         """The audit as a JSON object."""
@@ -189,15 +243,18 @@ class Audit:
         yield f"tokens      {lengths.tokens:,} = {trained} + {lengths.context:,} context"
         if self.responses:
             ends = f"{self.ended / self.responses:.1%} end in {' or '.join(self.end_tokens) or 'an end token'}"
-            what = "texts" if self.template == PLAIN else "responses"
+            what = "texts" if self.template == PLAIN else "answers" if self.answers else "responses"
             yield f"{what:<11} {self.responses:,} trained on ({self.train_on}), {ends}"
             yield f"template    {self.template}"
+        if self.answers is not None:
+            yield from self.answers.lines(lengths.tokens)
         spread = f"{lengths.shortest:,} to {lengths.longest:,} tokens, {lengths.mean:,.1f} on average"
         yield f"lengths     {spread}, {lengths.sequences:,} sequences"
         most = max((count for _, count in lengths.histogram), default=0)
         for bound, count in lengths.histogram:
             yield f"  <= {bound:<7,} {'#' * (-(-count * BAR // most)) or '.':<{BAR}} {count:,}"
-        yield f"packing     {lengths.packs:,} packs of {lengths.budget:,} tokens, {lengths.efficiency:.1%} full"
+        if lengths.budget:
+            yield f"packing     {lengths.packs:,} packs of {lengths.budget:,} tokens, {lengths.efficiency:.1%} full"
 
 
 def measure(corpus: Corpus, budget: int, packing: tuple[int, float]) -> Lengths:
@@ -219,10 +276,38 @@ def measure(corpus: Corpus, budget: int, packing: tuple[int, float]) -> Lengths:
     )
 
 
+def compare(comparisons: Comparisons) -> Answers:
+    """The numbers about compared answers."""
+    counted = numpy.concatenate([[0], numpy.cumsum(comparisons.sequences.weights > 0)])
+    lengths = numpy.diff(counted[comparisons.sequences.starts]).astype(numpy.float64)
+    pairs = comparisons.pairs + numpy.repeat(comparisons.units[:-1], numpy.diff(comparisons.pair_starts))[:, None]
+    labels = comparisons.labels
+    better, worse = (
+        lengths[pairs[:, side]] if len(pairs) else lengths[: len(labels)][labels == label]
+        for side, label in ((0, 1), (1, -1))
+    )
+    return Answers(
+        pairs=len(pairs),
+        margins=int(numpy.count_nonzero(comparisons.margins)),
+        better_length=_mean(better),
+        worse_length=_mean(worse),
+        longer=_mean(better > worse) if len(pairs) else 0.0,
+        shorter=_mean(better < worse) if len(pairs) else 0.0,
+        stored=int(comparisons.sizes(share_prefix=True).sum()),
+        wanted=int((labels == 1).sum()),
+        unwanted=int((labels == -1).sum()),
+        mismatched=int((labels == 0).sum()),
+    )
+
+
 def shortened(text: str, width: int = 100) -> str:
     """A text on one line, cut to a width."""
     line = " ".join(text.split())
     return line if len(line) <= width else f"{line[: width - 3]}..."
+
+
+def _mean(values: NDArray[Any]) -> float:
+    return float(values.mean()) if len(values) else 0.0
 
 
 def _histogram(lengths: NDArray[numpy.int64]) -> tuple[tuple[int, int], ...]:

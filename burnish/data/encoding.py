@@ -1,7 +1,7 @@
 """Rows into sequences, with the policy for rows that are too long or have nothing to train on. Imports no torch."""
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy
 
@@ -17,16 +17,53 @@ from burnish.types import Example, Text
 Progress = Callable[[int], None]
 
 
+class Responses:
+    """What there is to say about the responses that are trained on."""
+
+    def __init__(self) -> None:
+        self.count = self.ended = self.ends_added = 0
+        self.ends: set[int] = set()
+        self.remarks = Tally()
+
+    def add(self, encoded: Encoded, row: int, place: str) -> None:
+        """Count those of one row."""
+        self.count += encoded.responses
+        self.ended += len(encoded.ends)
+        self.ends_added += encoded.end_added
+        self.ends.update(encoded.ends)
+        for remark in encoded.remarks:
+            self.remarks.add(remark, row, place)
+
+    def notes(self, tokenizer: Tokenizer) -> Iterator[str]:
+        """What a user should know about them besides the numbers."""
+        for remark, finding in self.remarks.findings().items():
+            yield f"{finding.count} rows: {remark}"
+        if self.ends_added:
+            ends = token_names(tokenizer, self.ends)
+            yield f"the template prints no end token after a response: {ends} was added to {self.ends_added} rows"
+        if self.ends - tokenizer.end_ids:
+            names = token_names(tokenizer, self.ends - tokenizer.end_ids)
+            yield f"responses end in {names}, not among the checkpoint's own end tokens: generation must stop there too"
+        if self.count > self.ended:
+            open_ends = self.count - self.ended
+            yield f"{open_ends} responses are trained without an end token, as the template prints none there"
+
+
+def token_names(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """Tokens by name, in one line."""
+    return " or ".join(tokenizer.token(id) for id in sorted(ids))
+
+
 class Encoder:
     """Tokenises rows one after the other, and keeps count."""
 
     def __init__(self, data: DataSettings, tokenizer: Tokenizer, template: ChatTemplate, dropped: Tally) -> None:
         self._data, self._tokenizer, self._template, self._dropped = data, tokenizer, template, dropped
         self._ids, self._weights, self._starts, self._rows = array("i"), array("f"), array("q", [0]), array("i")
-        self.changed = Tally()
-        """Rows that were split, and remarks about rows."""
-        self.rows = self.responses = self.ended = self.ends_added = self.idle_pieces = 0
-        self.ends: set[int] = set()
+        self.responses = Responses()
+        self.split = Tally()
+        """Rows that were cut into pieces."""
+        self.rows = self.idle_pieces = 0
         self._longest = 0
 
     def encode(self, sources: Sequence[Source[Example | Text]], progress: Progress | None = None) -> None:
@@ -63,14 +100,9 @@ class Encoder:
         if not any(encoded.weights):
             self._dropped.add("untrained", source.row, source.place)
             return
-        for remark in encoded.remarks:
-            self.changed.add(remark, source.row, source.place)
         if self._add(source, encoded):
             self.rows += 1
-            self.responses += encoded.responses
-            self.ended += len(encoded.ends)
-            self.ends_added += encoded.end_added
-            self.ends.update(encoded.ends)
+            self.responses.add(encoded, source.row, source.place)
 
     def _add(self, source: Source[Example | Text], encoded: Encoded) -> bool:
         """Put a row among the sequences as the policy for long ones has it; whether any of it went in."""
@@ -82,7 +114,7 @@ class Encoder:
         if self._data.too_long != "split":
             self._dropped.add("too_long", source.row, source.place, f"{length} tokens, data.max_length is {most}")
             return False
-        self.changed.add("split", source.row, source.place)
+        self.split.add("split", source.row, source.place)
         # A piece starts with the last token of the one before, so that every token but the first is predicted once.
         for start in range(0, length - 1, most - 1):
             ids, weights = encoded.ids[start : start + most], encoded.weights[start : start + most]

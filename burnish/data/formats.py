@@ -257,7 +257,7 @@ FORMATS: dict[str, Format] = {
         {"text": "Once upon a time."},
     ),
     "prompt": Format(
-        "prompt -> a question to be answered (for evaluation; nothing to train on)",
+        "prompt -> a question to be answered; answer, if there, is a reference",
         "`prompt` without `completion` (text or a list of {role, content}; `answer` and `task` if you like)",
         frozenset({"prompt", "answer", "task", "tools"}),
         _fits_prompt,

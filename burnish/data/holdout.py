@@ -92,6 +92,12 @@ def content_key(example: Reading) -> str:
     return _hash([_spoken(example.messages), tools])
 
 
+def ordered(examples: Sequence[Reading], seed: int) -> list[int]:
+    """The places of rows in an order that the seed and what they say decide, whatever order they come in."""
+    keys = [_hash([seed, content_key(example)]) for example in examples]
+    return sorted(range(len(examples)), key=lambda place: keys[place])
+
+
 def prompt_key(example: Reading) -> str:
     """A hash of what a row asks first: all before its first response, or a text as a whole.
 
@@ -135,6 +141,16 @@ def to_prompt(example: Example | Preference | Judged, task: str | None) -> Promp
         return _compared_prompt(example, task)
     last = _last_response(example.messages)
     return Prompt(example.messages[:last], example.messages[last].content, task, example.tools)
+
+
+def asked_once(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts without those that ask again, word for word; of these the first with an answer stays."""
+    kept: dict[str, Prompt] = {}
+    for prompt in prompts:
+        key = _hash(_spoken(prompt.messages))
+        if key not in kept or (kept[key].answer is None and prompt.answer is not None):
+            kept[key] = prompt
+    return list(kept.values())
 
 
 def choose_prompts(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:

@@ -3,14 +3,14 @@
 Imports no torch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from burnish.data.audit import PLAIN, Audit, HeldOut, Tally, measure, total
 from burnish.data.cache import Prepared as Prepared  # part of this module's interface
 from burnish.data.cache import default_folder, key_of, remembered
 from burnish.data.corpus import Corpus
-from burnish.data.encoding import Encoder
+from burnish.data.encoding import Encoder, token_names
 from burnish.data.files import EMBEDDED, digest
 from burnish.data.formats import FORMATS, belongs_elsewhere, check_format
 from burnish.data.holdout import Kept, choose_prompts, duplicates, evaluation_split, hold_out, reasons, to_prompt
@@ -115,11 +115,11 @@ def _prepare(
         dropped=dropped.findings(),
         repaired=repaired.findings(),
         duplicates=duplicates(train),
-        split=encoder.changed.finding("split"),
+        split=encoder.split.finding("split"),
         lengths=measure(trained, budget, efficiency(trained.lengths, budget)),
-        responses=encoder.responses,
-        ended=encoder.ended,
-        end_tokens=tuple(text[0].token(id) for id in sorted(encoder.ends)),
+        responses=encoder.responses.count,
+        ended=encoder.responses.ended,
+        end_tokens=tuple(text[0].token(id) for id in sorted(encoder.responses.ends)),
         held_out=HeldOut(
             how=kept.how,
             shared=kept.others is None,
@@ -152,31 +152,19 @@ def _notes(
     data: DataSettings, encoder: Encoder, tokenizer: Tokenizer, sources: Sequence[Source[Example | Text]]
 ) -> Iterator[str]:
     """What a user should know besides the numbers."""
-    ends = _names(tokenizer, encoder.ends)
-    for remark, finding in encoder.changed.findings().items():
-        if remark != "split":
-            yield f"{finding.count} rows: {remark}"
-    if encoder.ends_added:
-        yield f"the template prints no end token after a response: {ends} was added to {encoder.ends_added} rows"
-    if encoder.ends - tokenizer.end_ids:
-        names = _names(tokenizer, encoder.ends - tokenizer.end_ids)
-        yield f"responses end in {names}, not among the checkpoint's own end tokens: generation must stop there too"
-    if encoder.responses > encoder.ended:
-        open_ends = encoder.responses - encoder.ended
-        yield f"{open_ends} responses are trained without an end token, as the template prints none there"
+    yield from encoder.responses.notes(tokenizer)
     if any(isinstance(source.example, Text) for source in sources):
-        start = _names(tokenizer, [tokenizer.bos_id]) if tokenizer.adds_bos and tokenizer.bos_id is not None else ""
+        start = (
+            token_names(tokenizer, [tokenizer.bos_id]) if tokenizer.adds_bos and tokenizer.bos_id is not None else ""
+        )
+        ends = token_names(tokenizer, encoder.responses.ends)
         yield f"plain texts: {f'{start} goes before and ' if start else ''}{ends} after each"
-    if encoder.changed.finding("split").count:
+    if encoder.split.finding("split").count:
         yield "split rows: every token is predicted once, but a continuation does not see what came before its piece"
     if encoder.idle_pieces:
         yield f"{encoder.idle_pieces} pieces of split rows held context alone and were left out"
     if ".txt" in joined(data.path):
         yield "a .txt file is one document for each paragraph between blank lines"
-
-
-def _names(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    return " or ".join(tokenizer.token(id) for id in sorted(ids))
 
 
 def stepper(progress: Progress | None, rows: int) -> Callable[[int], None] | None:

@@ -53,15 +53,23 @@ def is_held_out(family: Family, case: Case) -> bool:
     return zlib.crc32(f"{family.name} {case.key}".encode()) % 5 == 0
 
 
-def _train(family: Family) -> Iterator[Row]:
-    rng = random.Random(f"train {family.name}")
+def new_questions(family: Family, name: str) -> Iterator[tuple[str, str]]:
+    """Questions and answers of a family that no held-out split asks about, none twice, until it has hardly any more.
+
+    The name decides which come: one set of rows has others than the next.
+    """
+    rng = random.Random(f"{name} {family.name}")
     prompts: set[str] = set()
     for _ in range(_TRIES * _TRAIN_ROWS):
         case = family.draw(rng)
         prompt = rng.choice(family.phrasings).format(**case.slots)
         if prompt not in prompts and not is_held_out(family, case):
             prompts.add(prompt)
-            yield _row(family, prompt, case.answer, "seen")
+            yield prompt, case.answer
+
+
+def _train(family: Family) -> Iterator[Row]:
+    return (_row(family, prompt, answer, "seen") for prompt, answer in new_questions(family, "train"))
 
 
 def _held_out(family: Family) -> Iterator[Row]:

@@ -6,18 +6,21 @@ from typing import Any
 
 import pytest
 
+from burnish.data.answers import repair_answers
 from burnish.data.formats import FORMATS, announce, check_format, recognise
 from burnish.data.reading import check_data
 from burnish.data.repair import repair
 from burnish.settings import DataSettings
-from burnish.types import Example, Prompt, Text
+from burnish.types import Example, Judged, Preference, Prompt, Text
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_format_is_recognised_from_its_sample_alone(name: str):
     sample = FORMATS[name].sample
     assert recognise([sample, sample]) == name
-    assert [other for other in FORMATS if FORMATS[other].fits(sample)] == [name]
+    others = [other for other in FORMATS if FORMATS[other].fits(sample) and other != name]
+    # A row that compares answers may be read as something else if told so, but never by itself.
+    assert not others or (FORMATS[name].compares and not any(FORMATS[other].compares for other in others))
     assert set(sample) <= FORMATS[name].columns
 
 
@@ -27,8 +30,7 @@ def test_a_sample_is_read_as_something_clean(name: str):
     if isinstance(reading, Prompt):
         assert reading.messages[-1].role == "user"
         return
-    assert isinstance(reading, Example | Text)
-    result = repair(reading)
+    result = repair_answers(reading) if isinstance(reading, Preference | Judged) else repair(reading)
     assert (result.example, result.rules, result.dropped) == (reading, (), None)
 
 
@@ -154,6 +156,24 @@ def test_rows_that_fit_no_format_show_what_was_found_and_what_is_known():
     with pytest.raises(ValueError, match=r"columns review \(text\), stars \(a number\)") as caught:
         recognise([{"review": "a", "stars": 3}])
     assert all(name in str(caught.value) and format.needs in str(caught.value) for name, format in FORMATS.items())
+
+
+def test_rows_that_compare_answers_are_that_whatever_else_they_hold():
+    pair = FORMATS["prompt_chosen_rejected"].sample
+    turns = FORMATS["messages"].sample["messages"]
+    assert recognise([{**pair, "messages": turns, "score_chosen": 2.0, "score_rejected": 1.0}]) == (
+        "prompt_chosen_rejected"
+    )
+    judged = FORMATS["judged"].sample
+    assert recognise([judged, {**judged, "label": 0}]) == "judged"
+    assert recognise([{**judged, "label": "a name"}]) == "prompt_completion"
+    # One row without a label does not make the others examples to learn from.
+    with pytest.raises(ValueError, match=r"row 1: the data reads as judged, which needs .*`label` \(true or false\)"):
+        recognise([judged, {"prompt": "a", "completion": "b"}])
+    ranked = FORMATS["ranked_answers"].sample
+    with pytest.raises(ValueError, match="data.format=prompt_chosen_rejected or data.format=ranked_answers"):
+        recognise([{**pair, **ranked}])
+    assert recognise([{"prompt": "a", "answers": ["b", "c"]}]) == "prompt"  # nothing says which is better
 
 
 def test_a_row_that_disagrees_is_named(tmp_path: Path):

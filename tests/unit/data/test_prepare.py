@@ -159,7 +159,17 @@ def test_splitting_keeps_every_target(tmp_path: Path, text: tuple[Tokenizer, Cha
             r"nothing to train on with .* in 1 row: .*:2; write data\.allow_untrained=true",
         ),
         ([{"messages": [{"role": "wizard", "content": "x"}]}], {}, r"rows\.jsonl:1: .*unknown role 'wizard'"),
-        ([{"prompt": "only a question"}], {}, r"write it as evaluate\.path"),
+        ([{"prompt": "only a question"}], {}, r"which is prompts and not examples to learn from: .* evaluate\.path="),
+        (
+            [{"prompt": "q", "chosen": "a", "rejected": "b"}],
+            {},
+            r"rows\.jsonl reads as prompt_chosen_rejected .*: train on them with `burnish dpo` or `burnish reward`",
+        ),
+        (
+            [{"prompt": "q", "completion": "a", "label": True}],
+            {},
+            r"rows\.jsonl reads as judged .*: train on them with `burnish dpo loss=kto`, or name another data\.format",
+        ),
         ([turns("q", "r")], {"format": "alpacca"}, r"data\.format=alpacca is not known"),
         ([turns("q", "r"), {"text": "x"}], {"format": "messages"}, r"rows\.jsonl:2: the data reads as messages"),
         ([], {}, r"rows\.jsonl holds no rows"),
@@ -240,6 +250,19 @@ def test_an_evaluation_file_loses_what_training_asks(tmp_path: Path, text: tuple
         made(tmp_path, text, [turns("q1", "r1")], same)
 
 
+def test_an_evaluation_file_of_compared_answers_is_refused(tmp_path: Path, text: tuple[Tokenizer, ChatTemplate]):
+    held = write(tmp_path / "held.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
+    with pytest.raises(ValueError, match=r"evaluate\.path=.*held\.jsonl reads as prompt_chosen_rejected"):
+        made(tmp_path, text, [turns("q1", "r1")], EvaluateSettings(path=held))
+    with pytest.raises(ValueError, match=r"which is preferences and not conversations or text to score"):
+        prepare_evaluation(DataSettings(path=held), *text, prompts=1, seed=0)
+
+
+def test_rows_that_also_compare_answers_can_be_read_as_examples(tmp_path: Path, text: tuple[Tokenizer, ChatTemplate]):
+    rows = [{**turns("q", "r"), "prompt": "q", "chosen": "r", "rejected": "s"}]
+    assert len(made(tmp_path, text, rows, format="messages").train) == 1
+
+
 def test_rows_for_evaluation_alone(tmp_path: Path, text: tuple[Tokenizer, ChatTemplate]):
     data = DataSettings(path=write(tmp_path / "rows.jsonl", [turns(f"q{k}", f"r{k}") for k in range(5)]))
     held_out, prompts = prepare_evaluation(data, *text, prompts=2, seed=0)
@@ -274,7 +297,7 @@ def test_progress_hears_of_every_row(tmp_path: Path, text: tuple[Tokenizer, Chat
 
 
 def test_data_is_prepared_without_torch():
-    modules = "burnish.data.prepare, burnish.data.stream, burnish.tools.data"
+    modules = "burnish.data.prepare, burnish.data.prompts, burnish.data.comparing, burnish.tools.data"
     code = f"import sys; import {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
 
