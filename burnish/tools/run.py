@@ -338,7 +338,8 @@ def _release() -> None:
     if "torch" in sys.modules:
         import torch
 
-        torch.compiler.reset()
+        if "torch._dynamo" in sys.modules:  # a second of import, for nothing where nothing was compiled
+            torch.compiler.reset()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
