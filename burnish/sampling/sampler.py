@@ -17,6 +17,10 @@ from burnish.sampling.writing import Asked, Means, Writing, Written
 __all__ = ["Sampler", "Sampling", "Written", "generate"]
 
 
+SCRATCH_MARGIN = 1.25
+"""So many times the memory for weights in the model's dtype must be free for them, the cache being there already."""
+
+
 class Sampler:
     """Writes answers with a model as it stands, `num_slots` at a time.
 
@@ -35,7 +39,7 @@ class Sampler:
     own, any number of them.
 
     On a GPU steps are replayed as CUDA graphs (`graphs`; not with several ranks), and weights that are not kept in the
-    model's dtype are turned into it once per call where twice the memory for that is free (`dense`; True: in any case).
+    model's dtype are turned into it once per call where the memory for that is free (`dense`; True: in any case).
     Neither changes a number. A call leaves no memory in use.
     """
 
@@ -82,8 +86,10 @@ class Sampler:
         assert decode is not None or not sampling.stop
         stops = Stops(sampling.stop, decode) if decode is not None and sampling.stop else None
         means = Means(self.model, adapter, self.num_slots, self.mesh, self.invariant, self.graphs)
-        with _evaluating(self.model), densified(self.model, self.model.dtype if self._wants_scratch() else None):
-            return Writing(means, asked, sampling, stops).run()
+        with _evaluating(self.model):
+            writing = Writing(means, asked, sampling, stops)
+            with densified(self.model, self.model.dtype if self._wants_scratch() else None):
+                return writing.run()
 
     def _wants_scratch(self) -> bool:
         device = self.model.device
@@ -92,7 +98,7 @@ class Sampler:
             return bool(self.dense) and not sharded
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return 2 * scratch_bytes(self.model, self.model.dtype) < free
+        return SCRATCH_MARGIN * scratch_bytes(self.model, self.model.dtype) < free
 
 
 def generate(
