@@ -247,7 +247,7 @@ def kto_loss(
     zero_point = torch.as_tensor(kl, dtype=log_ratio_S.dtype, device=log_ratio_S.device).detach().clamp(min=0.0)
     ratio_S = log_ratio_S.where(labelled, 0.0)
     sign_S = labels_S.to(ratio_S.dtype)
-    weights_S = torch.where(wanted, options.wanted_weight, options.unwanted_weight) * labelled
+    weights_S = options.wanted_weight * sign_S.clamp(min=0) - options.unwanted_weight * sign_S.clamp(max=0)
     ahead_S = sign_S * (ratio_S - zero_point)
     loss = (weights_S * torch.sigmoid(-options.beta * ahead_S)).sum()
     reward_S = options.beta * ratio_S

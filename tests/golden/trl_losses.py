@@ -214,7 +214,8 @@ def main() -> None:
         "reward": {str(c): reward(scores, margins, c) for c in (None, 0.01)},
         "grpo": {name: grpo(name, *flat) for name in ("grpo", "dapo", "dr_grpo")},
     }
-    Path(__file__).with_suffix(".json").write_text(json.dumps(out, indent=1) + "\n")
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in out.items())
+    Path(__file__).with_suffix(".json").write_text(f"{{\n{lines}\n}}\n")
 
 
 if __name__ == "__main__":

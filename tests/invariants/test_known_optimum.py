@@ -140,8 +140,8 @@ METHODS = {
     "grpo": (ppo_loss, in_groups(lambda s, g: group_relative(s, g, scale=False)), 1 - 1 / GROUP),
     "reinforce++": (reinforce_loss, reinforce_plus_plus, None),
 }
-"""Loss, advantages, and the length of the gradient over the exact one: GRPO's mean counts the answer itself, and whitening
-divides by what the deviation happens to be."""
+"""Loss, advantages, and the length of the gradient over that of the exact one: GRPO's mean counts the answer itself;
+whitening divides by what the deviation happens to be."""
 
 
 def sampled(seed=2):

@@ -191,7 +191,9 @@ def test_the_first_step_of_dpo_has_loss_log_2():
 def test_a_mix_is_the_weighted_sum_and_names_its_losses():
     pairs = random_pairs(5)
     weights = torch.tensor([1.0, 0.5, 0.5, 0.0, 2.0], dtype=torch.float64)
-    loss, metrics = summed(pairs, {"sigmoid": 1.0, "sft": 0.25}, weights=weights)
+    unread = torch.tensor([1.0, 1.0, 1.0, float("nan"), 1.0], dtype=torch.float64)  # a pair that does not count
+    given = Pairs(*(column * unread for column in pairs[:4]), *pairs[4:])
+    loss, metrics = summed(given, {"sigmoid": 1.0, "sft": 0.25}, weights=weights)
     alone = {name: (weights * LOSSES[name](pairs, OPTIONS)).sum() for name in ("sigmoid", "sft")}
     torch.testing.assert_close(loss, alone["sigmoid"] + 0.25 * alone["sft"])
     torch.testing.assert_close(metrics["sigmoid_loss"], alone["sigmoid"])

@@ -75,3 +75,14 @@ def test_swapped_labels_mirror_the_gradient_of_a_tie():
         gradients.append(scores.grad)
     assert gradients[0].abs().sum() > 0
     torch.testing.assert_close(gradients[0], -gradients[1])
+
+
+def test_a_pair_that_does_not_count_may_hold_anything():
+    batch = compared([("010", "010"), ("010", "010")])
+    silent = replace(batch, pair_weights=torch.tensor([1.0, 0.0], dtype=torch.float64))
+    scores = torch.tensor([1.0, 0.0, math.nan, math.inf], dtype=torch.float64, requires_grad=True)
+    loss, metrics = ranking_loss(scores, silent, centering=0.1)
+    loss.backward()
+    assert math.isclose(loss.item(), math.log1p(math.exp(-1)) + 0.1)
+    assert metrics["accuracy"] == 1
+    assert scores.grad[2:].tolist() == [0, 0]
