@@ -23,6 +23,10 @@ DROPS = {
 """Why a row with compared answers cannot be used."""
 
 
+_ASKED = -1.0
+"""Marks the turns of a prompt while a conversation is repaired: a weight that no turn has, so none joins the answer."""
+
+
 def repair_answers(reading: Compared) -> Repaired[Compared]:
     """The row after every rule that applies to one of its conversations: a prompt with an answer after it."""
     answers = answers_of(reading)
@@ -37,7 +41,7 @@ def repair_answers(reading: Compared) -> Repaired[Compared]:
         last = next((turn for turn in reversed(answer) if turn.role == "assistant"), None)
         if last is None or is_empty(last):
             return Repaired(None, tuple(rules), "empty_answer")
-        repaired = repair(conversation(reading, answer))
+        repaired = repair(Example((*(replace(turn, weight=_ASKED) for turn in reading.prompt), *answer), reading.tools))
         rules |= dict.fromkeys(repaired.rules)
         if not isinstance(repaired.example, Example):
             return Repaired(None, tuple(rules), repaired.dropped)
@@ -78,13 +82,9 @@ def conversation(reading: Compared, answer: Turns, last_only: bool = False) -> E
 
 
 def _apart(messages: Sequence[Message]) -> tuple[Turns, Turns]:
-    """What `conversation` put together: the turns of weight 0 that come first, and the rest, without weights of 1."""
-    prompt = tuple(takewhile(lambda turn: turn.weight == 0.0, messages))
-    rest = messages[len(prompt) :]
-    return (
-        tuple(replace(turn, weight=None) for turn in prompt),
-        tuple(replace(turn, weight=None if turn.weight == 1.0 else turn.weight) for turn in rest),
-    )
+    """The prompt, found by the mark that its turns carry, and the answer."""
+    prompt = tuple(takewhile(lambda turn: turn.weight == _ASKED, messages))
+    return tuple(replace(turn, weight=None) for turn in prompt), tuple(messages[len(prompt) :])
 
 
 def _incomparable(ranks: Sequence[int], answers: Sequence[Turns]) -> str | None:
