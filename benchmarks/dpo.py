@@ -89,7 +89,7 @@ def main(asked: Mapping[str, str]) -> None:
 
     def open_worker(name: str) -> Worker:
         log = logs / f"dpo-{name}.log"
-        if name == "burnish":
+        if name.startswith("burnish"):
             return open_ours(["benchmarks.dpo", "serve", *(f"{key}={value}" for key, value in asked.items())], log)
         setting = next(entry.request for entry in entries if entry.worker == name)
         words = peer_words(asked, setting, scratch / "model" / "ended")

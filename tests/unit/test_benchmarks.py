@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import dpo, ppo, sft
+from benchmarks import checkpoints, dpo, ppo, sft
 from benchmarks.contest import Entry, contest, peers_missing, row_of
 from benchmarks.meter import Meter
 from benchmarks.models import open_random
@@ -18,10 +18,14 @@ from benchmarks.rows import COLUMNS, RESULTS, write_row
 from benchmarks.rows import read_words as read
 from benchmarks.shapes import SHAPES
 from benchmarks.turns import Clock, Failed, Worker
+from burnish.data.chat import end_ids
 from burnish.data.comparing import collate_comparisons
+from burnish.data.templates import ChatTemplate
+from burnish.data.tokenizer import Tokenizer
 from burnish.engine.assemble import open_learner
 from burnish.engine.mesh import Mesh
 from burnish.engine.roles import Role
+from burnish.model.checkpoint import load_model
 from burnish.settings import OptimSettings
 
 SYSTEM = """
@@ -98,7 +102,7 @@ def test_systems_take_turns_and_one_that_breaks_leaves_the_others(tmp_path: Path
 
 def test_a_system_that_says_nothing_is_given_up(tmp_path: Path) -> None:
     worker = open_system(tmp_path, "import sys; print('working', flush=True); sys.stdin.read()")
-    with pytest.raises(Failed, match="^said nothing for 1 s; its last words: working$"):
+    with pytest.raises(Failed, match=r"^said nothing for 1 s; its last words: working$"):
         worker.hear(1.0)
 
 
@@ -200,7 +204,35 @@ def test_trl_is_asked_for_the_same_answers() -> None:
     asked = read(["shape=tiny", "prompts=4", "prompt=16", "answer=8"], ppo.WORDS, ppo.CHOICES, ppo.NUMBERS)
     given = peer_ppo.read_arguments(ppo.peer_words(asked, Path("model")))
     assert (given.prompts, given.prompt, given.answer, given.small) == (4, 16, 8, "tiny")
-    assert (given.micro, given.warm_up, given.timed) == (4, ppo.WARM_UP, ppo.PEER_TIMED)
+    assert (given.micro, given.warm_up, given.timed) == (4, ppo.WARM_UP, ppo.TIMED)
+
+
+@pytest.mark.parametrize("storage", ["nf4", "bf16"])
+def test_the_recipe_of_ppo_can_be_measured(tmp_path: Path, capsys, storage: str) -> None:
+    words = ["shape=tiny", "prompts=3", "prompt=16", "answer=8"]
+    asked = read(words, ppo.WORDS, ppo.CHOICES, ppo.NUMBERS)
+    checkpoints.main("tiny", tmp_path)
+    ppo.write_prompts(tmp_path / "prompts.jsonl", asked)
+    reading = ppo.measured(asked, tmp_path, {**ppo.WAYS[-1], "storage": storage})
+    assert len(reading["seconds"]) == ppo.TIMED
+    assert all(seconds > 0 for seconds in reading["phases"].values())
+    assert sum(reading["phases"].values()) <= sum(reading["seconds"])
+    # Without an end token every answer has the length that was asked for.
+    assert capsys.readouterr().out.count("ended 0%") == ppo.WARM_UP + ppo.TIMED
+
+
+def test_the_checkpoints_are_those_of_other_libraries(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    checkpoints.main("tiny", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ended")
+    assert tokenizer("w4 w319</s>")["input_ids"] == [4, 319, 2]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ended")
+    assert (model.dtype, model.config.vocab_size, model.generation_config.eos_token_id) == (torch.bfloat16, 320, 2)
+    ours = load_model(tmp_path / "endless", "bf16", torch.device("cpu"), torch.bfloat16)
+    assert torch.equal(model.model.embed_tokens.weight, ours.model.embed_tokens.weight)
+    folder = Tokenizer.load(tmp_path / "endless")
+    assert end_ids(folder, ChatTemplate.open("auto", folder)) == frozenset()
 
 
 def test_a_reading_divides_updates_into_phases() -> None:
@@ -208,7 +240,7 @@ def test_a_reading_divides_updates_into_phases() -> None:
         seconds = {"rollout": rollout, "scoring": 0.25, "observing": 0.25, "update": 0.5}
         return {"seconds": end, **{f"{name}_seconds": value for name, value in seconds.items()}}
 
-    steps = [step(9.0, 8.0), step(11.0, 1.0), {"eval_loss": 1.0}, step(13.5, 1.5), step(15.5, 1.0)]
+    steps = [step(9.0, 8.0), step(11.0, 1.0), {"eval_loss": 1.0}, step(13.5, 1.5)]
     reading = ppo.reading_of(steps, {"peak_memory_bytes": 2**31})
-    assert (reading["seconds"], reading["first"], reading["allocated"]) == ([2.0, 2.5, 2.0], 9.0, 2.0)
-    assert ppo.shares([reading]) == "rollout=54% scoring=12% observing=12% update=23%"
+    assert (reading["seconds"], reading["first"], reading["allocated"]) == ([2.0, 2.5], 9.0, 2.0)
+    assert ppo.shares([reading]) == "rollout=56% scoring=11% observing=11% update=22%"
