@@ -99,17 +99,17 @@ def measure_normaliser(
 
 
 def doubts(metrics: dict[str, float], count: int) -> list[str]:
-    """What the metrics of so many held-out comparisons give reason to look at, one line each."""
+    """What `eval_` metrics of so many held-out comparisons give reason to look at, one line each."""
     found: list[str] = []
-    accuracy, error = metrics["accuracy"], math.sqrt(0.25 / max(1, count))
+    accuracy, error = metrics["eval_accuracy"], math.sqrt(0.25 / max(1, count))
     if accuracy < 0.5 + 2 * error:
         found.append(
             f"accuracy on held-out comparisons is {accuracy:.1%} of {count}, which chance gives as well: more data, "
             "more steps, another optim.lr, or labels that follow no rule"
         )
-    correlation = metrics.get("length_correlation", 0.0)
+    correlation = metrics.get("eval_length_correlation", 0.0)
     if abs(correlation) > STRONG:
-        more, share = "longer" if correlation > 0 else "shorter", metrics["longer_chosen"]
+        more, share = "longer" if correlation > 0 else "shorter", metrics["eval_longer_chosen"]
         found.append(
             f"{more} answers score higher (correlation {correlation:+.2f}), and in {share:.0%} of the held-out pairs "
             "the longer answer is the better one: a policy will learn length first; see docs/reward.md"
