@@ -21,7 +21,7 @@ from burnish.engine.preflight import check_positions, preflight
 from burnish.engine.progress import progress_bar
 from burnish.engine.start import Start, begin
 from burnish.settings import TrainingSettings
-from burnish.types import PreferenceBatch, Prompt
+from burnish.types import PreferenceBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from burnish.engine.mesh import Mesh
     from burnish.engine.reference import Refer
     from burnish.engine.roles import Role
-    from burnish.evaluate.judge import Judge
     from burnish.losses.preference import Options
     from burnish.model.decoder import Decoder
 
@@ -118,10 +117,11 @@ def main(config: Config) -> dict[str, Any]:
         )
     check_positions(start.base, data.train.longest)
 
-    from burnish.engine.assemble import open_learner, open_model, save_trained
+    from burnish.engine.assemble import open_learner, open_model, reference_role, save_trained
     from burnish.engine.mesh import open_mesh
     from burnish.engine.roles import Role
     from burnish.engine.run import Run
+    from burnish.evaluate.judge import Judge
     from burnish.evaluate.objective import evaluate_objective
     from burnish.losses.preference import pairs_of, preference_loss
     from burnish.report.results import finish, method_name
@@ -154,9 +154,10 @@ def main(config: Config) -> dict[str, Any]:
         def count(batch: PreferenceBatch) -> float:
             return batch.num_labels if KTO in config.mix else batch.num_pairs
 
-        # 5. What it is worth: the objective on held-out comparisons, and what every judge asks.
-        held_out = [refer(batch) for batch in one_pass(data.held_out, config)]
-        judge = open_judge(config, policy, data.prompts, tokenizer, template)
+        # 5. What it is worth: the objective on held-out comparisons, and answers beside the reference's.
+        lengths, held_out = (config.data.max_length, budget), [refer(b) for b in one_pass(data.held_out, config)]
+        judge = Judge(model, adapter, tokenizer, template, [], data.prompts, config.evaluate, lengths)
+        judge.against(reference_role(model) if adapter else None)
 
         def preferences() -> dict[str, float]:
             found = evaluate_objective(model, held_out, method(held_out), count) if held_out else {}
@@ -208,21 +209,6 @@ def open_reference(
             (data.train, data.held_out), about, lambda: ask_about_all(role, streams, mesh, progress), mesh
         )
     return looked_up(known, mesh)
-
-
-def open_judge(
-    config: Config, policy: "Role", prompts: Sequence[Prompt], tokenizer: Tokenizer, template: ChatTemplate
-) -> "Judge":
-    """The judge of every recipe; on the embedded world's prompts its graders score policy and reference besides."""
-    from burnish.engine.assemble import reference_role
-    from burnish.evaluate.judge import Judge
-    from burnish.evaluate.versus import gold, has_gold
-
-    lengths = (config.data.max_length, config.run.microbatch_tokens)
-    judge = Judge(policy.model, policy.adapter, tokenizer, template, [], prompts, config.evaluate, lengths)
-    if policy.adapter is not None and prompts and has_gold(prompts):  # with full weights the reference writes no more
-        return judge.against(reference_role(policy.model), gold, "the embedded world")
-    return judge
 
 
 def one_pass(comparisons: Comparisons, config: Config) -> list[PreferenceBatch]:
