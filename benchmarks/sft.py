@@ -1,7 +1,7 @@
 """Tokens per second and peak memory of one training step on a CUDA device, random weights of a real shape.
 
 python -m benchmarks.sft [shape=llama-2-7b] [storage=nf4] [adapter=lora] [checkpointing=false] [sequences=4]
-                         [length=2048] [commit=HASH] [note=TEXT]
+                         [length=2048] [results=FILE] [commit=HASH] [note=TEXT]
 
 Every token is scored, sequences have one length, LoRA has rank 16 on all linear layers: the work that the peers in
 `results.csv` were given. The time of a step is the median after warm-up, device synchronised at both ends; the peak is
@@ -11,12 +11,13 @@ Every token is scored, sequences have one length, LoRA has rank 16 on all linear
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
 from benchmarks.meter import Meter, device_name, here
 from benchmarks.models import RANK, open_random
-from benchmarks.rows import COLUMNS, RESULTS, current_commit, write_row
+from benchmarks.rows import current_commit, write_row
 from benchmarks.rows import read_words as read
 from benchmarks.shapes import FIRST_ID, SHAPES
 from benchmarks.turns import median
@@ -29,8 +30,6 @@ from burnish.model.storage import STORAGES
 from burnish.settings import OptimSettings
 from burnish.types import Batch, Sequence
 
-__all__ = ["COLUMNS", "RESULTS", "SHAPES", "current_commit", "main", "read_words", "write_row"]
-
 WORDS = {
     "shape": "llama-2-7b",
     "storage": "nf4",
@@ -38,6 +37,7 @@ WORDS = {
     "checkpointing": "false",
     "sequences": "4",
     "length": "2048",
+    "results": "",
     "commit": "",
     "note": "",
 }
@@ -90,7 +90,8 @@ def main(asked: Mapping[str, str]) -> None:
             "peak_reserved_gib": f"{turn['reserved']:.2f}",
             "compile_seconds": f"{turn['first']:.1f}",
             "note": asked["note"],
-        }
+        },
+        Path(asked["results"]) if asked["results"] else None,
     )
 
 
