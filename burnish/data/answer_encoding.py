@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from burnish.data.answers import Compared, Turns, answers_of, conversation
 from burnish.data.audit import Tally
-from burnish.data.chat import Encoded, encode_row
+from burnish.data.chat import Encoded, encode_row, end_ids
 from burnish.data.comparisons import Comparisons
 from burnish.data.encoding import Progress, Responses
 from burnish.data.holdout import ordered, prompt_key
@@ -37,7 +37,7 @@ class ComparisonEncoder:
         self, data: DataSettings, tokenizer: Tokenizer, template: ChatTemplate, dropped: Tally, budget: int
     ) -> None:
         self._data, self._tokenizer, self._template, self._dropped = data, tokenizer, template, dropped
-        self._budget = budget
+        self._budget, self._ends = budget, end_ids(tokenizer, template)
         self.responses = Responses()
         self._longest = self._largest = 0
 
@@ -78,7 +78,7 @@ class ComparisonEncoder:
         if not all(any(part.weights) for part in encoded):
             self._dropped.add("untrained", source.row, source.place)
             return None
-        sequences = tuple(_until_the_end(part, source.row) for part in encoded)
+        sequences = tuple(_until_the_end(part, self._ends, source.row) for part in encoded)
         reason, told = self._unfit(reading, sequences)
         if reason:
             self._dropped.add(reason, source.row, source.place, told)
@@ -133,7 +133,7 @@ class ComparisonEncoder:
                 encoded = [self._encode(row.source.example, answer) for answer in chosen]
             except ValueError:  # this prompt and that answer make no conversation that the template takes
                 continue
-            sequences = tuple(_until_the_end(part, row.source.row) for part in encoded)
+            sequences = tuple(_until_the_end(part, self._ends, row.source.row) for part in encoded)
             lengths = [len(sequence.ids) for sequence in sequences]
             if max(lengths) <= self._data.max_length and sum(lengths) <= room:
                 return sequences
@@ -175,7 +175,17 @@ def _labels(reading: Compared) -> tuple[int, ...]:
     return tuple(1 if rank == min(reading.ranks) else -1 for rank in reading.ranks)
 
 
-def _until_the_end(encoded: Encoded, row: int) -> Ids:
-    """A sequence without what the template writes after the last token that is trained, the answer's end token."""
-    count = max(number for number, weight in enumerate(encoded.weights) if weight) + 1
+def _until_the_end(encoded: Encoded, ends: frozenset[int], row: int) -> Ids:
+    """A sequence without what the template writes after the answer: it stops where generation would.
+
+    That is the first end token of the last stretch that is trained, since some templates write more than one.
+    """
+    trained = [number for number, weight in enumerate(encoded.weights) if weight]
+    last = trained[-1]
+    for earlier in reversed(trained):
+        if last - earlier > 1:
+            break
+        last = earlier
+    stretch = range(last, trained[-1] + 1)
+    count = next((number for number in stretch if encoded.ids[number] in ends), trained[-1]) + 1
     return Ids(tuple(encoded.ids[:count]), tuple(encoded.weights[:count]), row)

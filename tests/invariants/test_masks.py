@@ -1,5 +1,6 @@
 """What is trained on: found by rendering, and the same as the template's own marks say."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from burnish.data.answer_encoding import ComparisonEncoder
+from burnish.data.audit import Tally
 from burnish.data.chat import encode, encode_row, end_ids, prompt_ids
+from burnish.data.reading import Source
 from burnish.data.templates import ChatTemplate, RefusedConversation
 from burnish.data.tokenizer import Tokenizer
 from burnish.data.turns import messages_of
-from burnish.types import Example, Message, Text
+from burnish.settings import DataSettings
+from burnish.types import Example, Message, Preference, Text
 from tests.unit.data.families import (
     ALL,
     CHATML,
@@ -281,3 +286,44 @@ def test_every_template_of_these_tests_is_either_masked_or_refused(tmp_path: Pat
         sequence = encode(example(TWO), tokenizer, template, "last_assistant", row=0)
         end = max(k for k, weight in enumerate(sequence.weights) if weight)
         assert sequence.ids[end] in end_ids(tokenizer, template), name
+
+
+def compared(folder: Path, source: str, prompt: list[dict[str, Any]], answers: list[str], **ends: Any) -> Any:
+    """The sequences of the answers to a prompt, the tokenizer and the template."""
+    tokenizer_folder = chat_tokenizer(folder, source)
+    if ends:
+        (tokenizer_folder / "generation_config.json").write_text(json.dumps(ends))
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    template = ChatTemplate.open("auto", tokenizer)
+    turns = tuple((Message("assistant", answer),) for answer in answers)
+    preference = Preference(messages_of(prompt, "prompt"), turns, tuple(range(len(answers))))
+    encoder = ComparisonEncoder(DataSettings(), tokenizer, template, Tally(), budget=4096)
+    comparisons = encoder.encode([Source(0, "rows:1", preference, None)], "pairs", seed=0)
+    return comparisons, tokenizer, template
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_compared_answer_is_trained_as_in_fine_tuning_and_ends_where_generation_stops(tmp_path: Path, name: str):
+    answers = ["on the mat. 🙂", "on the mat. It sat", "no"]
+    comparisons, tokenizer, template = compared(tmp_path, unmarked(ALL[name]), TWO[:-1], answers)
+    for sequence, answer in zip(comparisons[0].sequences, answers, strict=True):
+        told = [*TWO[:-1], {"role": "assistant", "content": answer}]
+        expected = encode(example(told), tokenizer, template, "last_assistant", row=0)
+        count = max(k for k, weight in enumerate(expected.weights) if weight) + 1
+        assert (sequence.ids, sequence.weights) == (expected.ids[:count], expected.weights[:count])
+        assert sequence.ids[-1] in end_ids(tokenizer, template)
+    # The prompt is shared but for the position that predicts the first token of the answers.
+    first = [next(k for k, weight in enumerate(s.weights) if weight) for s in comparisons[0].sequences]
+    assert comparisons.shared.tolist() == [0, first[0] - 1, first[0] - 1]
+    assert len(set(first)) == 1
+
+
+def test_a_compared_answer_ends_at_its_first_end_token(tmp_path: Path):
+    """Phi 3 writes two of them, and generation stops at the first."""
+    plain, tokenizer, _ = compared(tmp_path / "a", unmarked(PHI_3), ONE[:-1], ["7.", "8."])
+    ends = [tokenizer.eos_id, tokenizer.id_of("<|end|>")]
+    stopped, *_ = compared(tmp_path / "b", unmarked(PHI_3), ONE[:-1], ["7.", "8."], eos_token_id=ends)
+    for found, end in ((plain, "<|end|>\n</s>"), (stopped, "<|end|>")):
+        for sequence, answer in zip(found[0].sequences, ("7.", "8."), strict=True):
+            trained = [i for i, weight in zip(sequence.ids, sequence.weights, strict=True) if weight]
+            assert tokenizer.decode(trained, keep_special=True) == answer + end
