@@ -1,5 +1,5 @@
 """GRPO: several answers to each prompt, and a clipped policy gradient that follows how each compares with the others;
-no value model. The KL divergence from the reference is a second loss.
+no value model. The KL divergence from the reference is a second loss, or part of what an answer is worth.
 
 Shao et al. 2024 (arXiv 2402.03300); `scale=false average=constant` is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783).
 """
@@ -20,7 +20,11 @@ class LossKLSettings(KLSettings):
 
     beta: float = Field(default=0.04, gt=0, description="How much a nat of divergence costs.")
     estimator: Literal["k1", "k2", "k3"] = Field(
-        default="k3", description="Of the divergence, token by token; times the ratio, so that its gradient is right."
+        default="k3", description="Of the divergence, token by token; in the loss times the ratio. In the reward: k1."
+    )
+    place: Literal["loss", "reward"] = Field(
+        default="loss",
+        description="Where it counts. A loss sees each token's own divergence alone, not that of the tokens after it.",
     )
 
 
@@ -52,10 +56,10 @@ def main(config: Config) -> dict[str, Any]:
     from burnish.engine.run import Run
     from burnish.evaluate.judge import open_judge
     from burnish.losses.advantage import group_relative
-    from burnish.losses.policy import kl_loss, per_sequence, ppo_loss
+    from burnish.losses.policy import averaging, kl_loss, ppo_loss
     from burnish.report.results import finish, method_name
     from burnish.sampling.cast import open_cast
-    from burnish.sampling.experience import compared, num_answers, num_tokens, passes
+    from burnish.sampling.experience import compared, passes, worth_of
     from burnish.sampling.practice import Practice
 
     with open_mesh(config.run.device) as mesh:
@@ -72,25 +76,30 @@ def main(config: Config) -> dict[str, Any]:
             with torch.no_grad():
                 return replace(batch, old_log_probs=old, reference_log_probs=reference.log_probs(batch))
 
+        def worth(batch: RolloutBatch) -> torch.Tensor:
+            return worth_of(
+                batch, practice.controller.beta if config.kl.place == "reward" else 0.0, config.kl.estimator
+            )
+
         # 4. The loss: the clipped surrogate, and the divergence from the reference.
         def objective(batch: RolloutBatch):
             now, old = policy.log_probs(batch), batch.old_log_probs
-            weights = per_sequence(batch.weights, batch) if config.average == "sequence" else batch.weights
+            weights, _ = averaging(batch, config.average, config.rollout.max_tokens)
             surrogate, metrics = ppo_loss(now, old, batch.advantages, weights, config.clip)
+            if config.kl.place == "reward":
+                return surrogate, metrics
             divergence, _ = kl_loss(now, batch.reference_log_probs, weights, config.kl.estimator, old)
             return surrogate + practice.controller.beta * divergence, metrics
 
         def count(batch: RolloutBatch) -> float:
-            if config.average == "token":
-                return num_tokens(batch)
-            return num_answers(batch) * (config.rollout.max_tokens if config.average == "constant" else 1)
+            return averaging(batch, config.average, config.rollout.max_tokens)[1]
 
         judge = open_judge(task, cast)
         with Run(config, [learner], cast.models, task.steps, practice.fingerprint, practice.states) as run:
             before = run.once("before", judge.verdict)
             for step in run.steps():
-                known = practice.experience(step, observe)
-                minibatches = compared(known, lambda batch: batch.scores, partial(group_relative, scale=config.scale))
+                compare = partial(group_relative, scale=config.scale)
+                minibatches = compared(practice.experience(step, observe), worth, compare)
                 with practice.phases("update"):
                     order = passes(minibatches, config.epochs, (config.run.seed, step))
                     done = [learner.step(minibatch, objective, count) for minibatch in order]

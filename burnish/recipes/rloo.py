@@ -30,12 +30,10 @@ def main(config: Config) -> dict[str, Any]:
     from burnish.engine.run import Run
     from burnish.evaluate.judge import open_judge
     from burnish.losses.advantage import leave_one_out
-    from burnish.losses.kl import ESTIMATORS
     from burnish.losses.policy import reinforce_loss
-    from burnish.ops.sequences import sequence_sums
     from burnish.report.results import finish, method_name
     from burnish.sampling.cast import open_cast
-    from burnish.sampling.experience import compared, num_answers
+    from burnish.sampling.experience import compared, num_answers, worth_of
     from burnish.sampling.practice import Practice
 
     with open_mesh(config.run.device) as mesh:
@@ -52,9 +50,7 @@ def main(config: Config) -> dict[str, Any]:
                 return replace(batch, old_log_probs=old, reference_log_probs=reference.log_probs(batch))
 
         def worth(batch: RolloutBatch) -> torch.Tensor:
-            kl_T = ESTIMATORS[config.kl.estimator](batch.old_log_probs, batch.reference_log_probs)
-            counted_T = torch.where(batch.weights != 0, kl_T, 0.0)
-            return batch.scores - practice.controller.beta * sequence_sums(counted_T, batch)
+            return worth_of(batch, practice.controller.beta, config.kl.estimator)
 
         # 4. The loss: −A_i Σ_t log π(y_t), where A_i is R_i less the mean R of the group's other answers.
         def objective(batch: RolloutBatch):

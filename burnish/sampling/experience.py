@@ -18,6 +18,8 @@ from burnish.data.tokenizer import Tokenizer
 from burnish.engine.mesh import Mesh
 from burnish.engine.roles import Role
 from burnish.losses.advantage import moments, on_tokens, whiten
+from burnish.losses.kl import ESTIMATORS
+from burnish.ops.sequences import sequence_sums
 from burnish.sampling.sampler import Sampler, Sampling
 from burnish.settings import RolloutSettings
 from burnish.types import Batch, Comparison, Prompt, Rollout, RolloutBatch
@@ -42,23 +44,23 @@ class Actor:
         ends = end_ids(tokenizer, template)
         self.sampling = Sampling(settings.max_tokens, settings.temperature, end_ids=ends, stop=settings.stop)
 
-    def answer(self, prompts: Sequence[tuple[int, Prompt]], step: int) -> list[Rollout]:
+    def answer(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
         """`samples` answers to each prompt, those to one prompt side by side.
 
         Raises ValueError when no answer of any rank ends by itself although it could: the limit is too short, or the
         model was never taught to end.
         """
-        asked = [prompt_ids(p.messages, self.tokenizer, self.template, p.tools) for _, p in prompts]
+        asked = [prompt_ids(p.messages, self.tokenizer, self.template, p.tools) for p in prompts]
         written = self.sampler.write(
             [ids for ids in asked for _ in range(self.samples)],
             self.sampling,
             self.policy.adapter,
-            [_seed(self.seed, step, place, k) for place, _ in prompts for k in range(self.samples)],
+            [_seed(self.seed, step, self._place(i), k) for i in range(len(prompts)) for k in range(self.samples)],
             self.tokenizer.decode,
         )
         rollouts = [
             Rollout(
-                prompts[i // self.samples][1],
+                prompts[i // self.samples],
                 tuple(asked[i // self.samples]),
                 found.ids,
                 self._text(found.ids),
@@ -74,6 +76,10 @@ class Actor:
                 "larger one, or start from a model that was fine-tuned to end its answers (from=RUN of burnish sft)"
             )
         return rollouts
+
+    def _place(self, number: int) -> int:
+        """The place in the whole step of this rank's prompt, so that what is drawn does not depend on ranks."""
+        return self.mesh.rank + number * self.mesh.world
 
     def _text(self, ids: Sequence[int]) -> str:
         closed = ids[:-1] if ids and ids[-1] in self.sampling.end_ids else ids
@@ -111,6 +117,12 @@ def arrange(
     if not found:
         raise ValueError("no answer of this step counts: reward.missing_eos=mask leaves out those that do not end")
     return found
+
+
+def worth_of(batch: RolloutBatch, beta: float, estimator: str) -> Tensor:
+    """What each answer is worth: its score less β times the divergence of its tokens."""
+    kl_T = ESTIMATORS[estimator](batch.old_log_probs, batch.reference_log_probs)
+    return batch.scores - beta * sequence_sums(torch.where(batch.weights != 0, kl_T, 0.0), batch)
 
 
 def compared(

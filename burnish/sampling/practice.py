@@ -45,7 +45,7 @@ class Practice:
         """The step's minibatches, as the policy answers and as `observe` completes each micro-batch."""
         self.phases.seconds.clear()
         with self.phases("rollout"):
-            answered = self.actor.answer(self.stream.step(step), step)
+            answered = self.actor.answer([prompt for _, prompt in self.stream.step(step)], step)
         with self.phases("scoring"):
             scores = self.cast.reward.score(answered)
         self.rollouts = [replace(rollout, score=score) for rollout, score in zip(answered, scores, strict=True)]

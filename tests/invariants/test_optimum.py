@@ -26,7 +26,7 @@ PROMPT = "a"
 METHODS: dict[str, dict[str, Any]] = {
     "ppo": {"minibatches": 1, "reward": {"missing_eos": "none"}, "value": {"lr": 1e-2}},
     "rloo": {},
-    "grpo": {"scale": False},
+    "grpo": {"scale": False, "kl": {"place": "reward", "estimator": "k1"}},
     "reinforce": {},
 }
 
@@ -47,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("optimum") / "base"
     shape = {"vocab_size": 8, "num_hidden_layers": 1, "eos_token_id": None, "pad_token_id": None}
     tiny_folder(folder, **shape)
-    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token=None))
+    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token="h"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").unlink(missing_ok=True)
@@ -67,7 +67,7 @@ def distribution(folder: Path) -> tuple[torch.Tensor, list[str]]:
     return log_probs.exp(), [" ".join(LETTERS[i] for i in answer) for answer in answers]
 
 
-@pytest.mark.parametrize("beta", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("beta", [0.3, 0.5, 1.0])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_recipe_reaches_the_known_optimum(method: str, beta: float, base: Path, tmp_path: Path) -> None:
     recipe = importlib.import_module(f"burnish.recipes.{method}")
@@ -78,7 +78,7 @@ def test_a_recipe_reaches_the_known_optimum(method: str, beta: float, base: Path
         "rollout": {"prompts": 1, "samples": 128, "max_tokens": 2, "slots": 128},
         "kl": {"beta": beta, "storage": "fp32"},
         "optim": {"lr": 1e-2, "schedule": "linear", "warmup": 0},
-        "run": {"steps": 150, "folder": str(tmp_path / "run"), "device": "cpu"},
+        "run": {"steps": 120, "folder": str(tmp_path / "run"), "device": "cpu"},
         "save": {"every": 0, "trackers": []},
     }
     for group, own in {"reward": {"function": f"{__file__}:score"}, **METHODS[method]}.items():
@@ -90,4 +90,5 @@ def test_a_recipe_reaches_the_known_optimum(method: str, beta: float, base: Path
     optimum = torch.softmax(reference.log() + torch.tensor([worth(a) for a in answers]).double() / beta, 0)
     reached, _ = distribution(tmp_path / "run" / "model")
     assert (reference - optimum).abs().sum() / 2 > 0.05, "the optimum should not be where training starts"
-    assert (reached - optimum).abs().sum() / 2 < 0.03
+    distance = float((reached - optimum).abs().sum() / 2)
+    assert distance < 0.03, f"total variation {distance:.4f} after training"
