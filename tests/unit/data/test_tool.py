@@ -58,3 +58,39 @@ def test_the_preview_in_colour(
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     main(build(Config, settings | {"rows": 1}), "preview", as_json=False)
     assert "\033[30;42mr0<|im_end|>\033[0m" in capsys.readouterr().out
+
+
+def written(settings: dict[str, Any], rows: list[dict[str, Any]]) -> Config:
+    path = Path(settings["data"]["path"])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return build(Config, settings | {"rows": 1})
+
+
+def test_compared_answers_are_audited_and_previewed(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]):
+    pairs = [{"prompt": f"hi {k}", "chosen": "yes", "rejected": "no"} for k in range(3)]
+    main(written(settings, pairs), "audit", as_json=False)
+    assert "pairs       3; better answers have" in capsys.readouterr().out
+    main(written(settings, pairs), "audit", as_json=True)
+    assert json.loads(capsys.readouterr().out)["answers"]["pairs"] == 3
+    main(written(settings, pairs), "preview", as_json=False)
+    told = capsys.readouterr().out
+    assert "--- row 0, better: " in told
+    assert "<|im_start|>assistant\n«yes<|im_end|>»" in told
+    assert told.index("«yes") < told.index("--- row 0, worse: ") < told.index("«no<|im_end|>»")
+    assert "row 1" not in told
+    ranked = [{"prompt": "hi", "answers": ["c", "a", "b", "B"], "scores": [1, 3, 2, 2]}]
+    main(written(settings, ranked), "preview", as_json=True)
+    shown = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["answer"] for row in shown] == ["place 1", "place 2", "place 2", "place 3"]
+    assert [row["parts"][1]["text"][0] for row in shown] == ["a", "b", "B", "c"]
+
+
+def test_labels_and_prompts_are_previewed(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]):
+    judged = [{"prompt": f"hi {k}", "completion": f"r{k}", "label": k == 1} for k in range(3)]
+    main(written(settings, judged), "preview", as_json=False)
+    told = capsys.readouterr().out
+    assert "--- row 0, unwanted: " in told
+    assert "--- row 0, an answer to another prompt: " in told
+    assert "row 1" not in told
+    main(written(settings, [{"prompt": "hi", "answer": "yes"}]), "preview", as_json=False)
+    assert "0 trained\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n\n" in capsys.readouterr().out + "\n"
