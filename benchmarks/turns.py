@@ -38,7 +38,7 @@ class Worker:
             stderr=self._file,
             env=dict(env),
             cwd=cwd,
-            text=True,
+            encoding="utf-8",
             errors="replace",
         )
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
