@@ -63,6 +63,14 @@ def test_the_score_one_slot_after_the_end_by_hand():
     close(returns[:5], 0.913888, 0.961988, 0.96525, 0.995, 1.0)
 
 
+def test_an_answer_left_out_has_no_slot_after_its_end_either():
+    batch = packed(["010", "000"])
+    steps = steps_of(batch, torch.tensor([True, True]))
+    assert steps.tolist() == [False, True, True, False, False, False]
+    zeros = torch.zeros(6, dtype=torch.float64)
+    close(token_rewards(zeros, zeros, doubles(2.0, NAN), batch, 0.1, steps_T=steps), 0, 0, 2, 0, 0, 0)
+
+
 PATTERNS = ["0111110", "000", "010", "01100111010", "0011110", "10"]
 
 
