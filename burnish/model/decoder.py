@@ -18,6 +18,9 @@ from burnish.ops.log_probs import chunk_rows, head_logits, target_log_probs
 from burnish.ops.pointwise import soft_cap
 from burnish.types import Batch
 
+MAX_GRAPHS = 64
+"""Of the decoder block, for all the ways in which it is called."""
+
 
 class Scores(NamedTuple):
     """How a model reads a batch, position by position; 0 and False where the batch's weight is 0."""
@@ -121,6 +124,11 @@ class Decoder(nn.Module):
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile the decoder block; blocks of one kind share what is compiled."""
+        from torch._dynamo import config  # a second of imports
+
+        # A graph for each adapter, with gradients and without, with shared prompts and without: the default of 8 is
+        # soon reached, and what comes after it would run uncompiled.
+        config.recompile_limit = MAX_GRAPHS
         padded = self._padded()
         for layer in self.model.layers:
             if padded:
