@@ -47,8 +47,9 @@ class Cache:
     def aim_next(self) -> Int[Tensor, " S"]:
         """The coming pass has one token per slot in use, which goes behind what the slot holds: its place there."""
         self._check(self.longest + 1)
-        # A slot whose tokens no longer matter may be full: it goes on writing to its last place.
-        places_S = self.lengths_S[: self.num_slots].clamp(max=self.max_tokens - 1)
+        # A slot whose tokens no longer matter may hold more than is read: it goes on writing to the last place read, or
+        # no place would be seen in a window and its NaN would be drawn as a token that there is not.
+        places_S = self.lengths_S[: self.num_slots].clamp(max=self.context - 1)
         self._slots_T, self._places_T = torch.arange(self.num_slots, device=places_S.device), places_S
         back_SM = places_S[:, None] - torch.arange(self.context, device=places_S.device)
         self._seen = {

@@ -15,7 +15,8 @@ def drawn(probabilities_SV: Float[Tensor, "S V"], uniforms_S: Float[Tensor, " S"
     sums_SV = probabilities_SV.cumsum(-1)
     # Rounding may take the product up to the sum itself, beyond which there is no token.
     below_S = torch.nextafter(sums_SV[:, -1], torch.zeros_like(uniforms_S))
-    return torch.searchsorted(sums_SV, torch.minimum(uniforms_S * sums_SV[:, -1], below_S)[:, None], right=True)[:, 0]
+    places_S = torch.searchsorted(sums_SV, torch.minimum(uniforms_S * sums_SV[:, -1], below_S)[:, None], right=True)
+    return places_S[:, 0].clamp(max=sums_SV.shape[-1] - 1)  # NaN lies beyond all: the loss will say so
 
 
 def probabilities(
