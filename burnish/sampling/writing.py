@@ -72,8 +72,8 @@ class Writing:
         self.cache = self._new_cache(num_slots)
         self.slots = Slots(num_slots, self.stride + 1, sampling, self.device)
         self.graphs = Graphs() if means.graphs and self.on_gpu and self.ranks == 1 else None
-        # Neighbours in length are read together, and the longest contexts are not kept for the end.
-        self.waiting = deque(sorted(range(len(asked)), key=lambda i: -len(asked[i].prompt)))
+        # Neighbours in length are read together, and the longest come when fewer are left: attention reads less.
+        self.waiting = deque(sorted(range(len(asked)), key=lambda i: len(asked[i].prompt)))
         self.members: list[int | None] = [None] * num_slots
         self.ids: list[list[int]] = [[] for _ in asked]
         self.found: list[Written | None] = [None] * len(asked)
