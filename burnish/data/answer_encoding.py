@@ -54,16 +54,18 @@ class ComparisonEncoder:
         """
         if self._template.source is None:
             raise ValueError(self._template.missing())
-        answered: list[_Answered] = []
-        for source in sources:
-            sequences = self._answers(source)
-            if sequences is not None:
-                answered.append(_Answered(source, sequences))
-            if progress:
-                progress(1)
+        answered = self._answered(sources, progress)
         comparisons = Comparisons.of(map(_pairs, answered) if kind == "pairs" else self._labelled(answered, seed))
         self._check()
         return comparisons
+
+    def _answered(self, sources: Sequence[Source[Compared]], progress: Progress | None) -> Iterator[_Answered]:
+        for source in sources:
+            sequences = self._answers(source)
+            if sequences is not None:
+                yield _Answered(source, sequences)
+            if progress:
+                progress(1)
 
     def _answers(self, source: Source[Compared]) -> tuple[Ids, ...] | None:
         """The sequence of each answer; None for a row that is dropped."""
@@ -108,32 +110,42 @@ class ComparisonEncoder:
         both = combinations(zip(ranks, sequences, strict=False), 2)
         return ("same_tokens", "") if any(a != b and x.ids == y.ids for (a, x), (b, y) in both) else ("", "")
 
-    def _labelled(self, answered: Sequence[_Answered], seed: int) -> Iterator[Comparison]:
+    def _labelled(self, answered: Iterable[_Answered], seed: int) -> Iterator[Comparison]:
         """Each row's answers with their labels, and as many answers to other prompts with label 0."""
-        ring = ordered([row.source.example for row in answered], seed)
-        after = {place: number + 1 for number, place in enumerate(ring)}
-        keys = [prompt_key(row.source.example) for row in answered]
-        for place, row in enumerate(answered):
-            following = (ring[(after[place] + k) % len(ring)] for k in range(len(ring) - 1))
-            strangers = (answered[other] for other in following if keys[other] != keys[place])
-            mismatched = self._mismatched(row, islice(strangers, TRIES))
-            if mismatched is None:
-                self._dropped.add("unmatched", row.source.row, row.source.place)
-            else:
-                sequences = (*row.sequences, *mismatched)
-                yield Comparison(sequences, (), (*_labels(row.source.example), *[0] * len(mismatched)))
+        sources: list[Source[Compared]] = []
 
-    def _mismatched(self, row: _Answered, strangers: Iterable[_Answered]) -> tuple[Ids, ...] | None:
+        def own() -> Iterator[Comparison]:
+            for source, sequences in answered:
+                sources.append(source)
+                yield Comparison(sequences)
+
+        listed = Comparisons.of(own())
+        ring = ordered([source.example for source in sources], seed)
+        after = {place: number + 1 for number, place in enumerate(ring)}
+        keys = [prompt_key(source.example) for source in sources]
+        for place, (source, comparison) in enumerate(zip(sources, listed, strict=True)):
+            following = (ring[(after[place] + k) % len(ring)] for k in range(len(ring) - 1))
+            strangers = (sources[other].example for other in following if keys[other] != keys[place])
+            mismatched = self._mismatched(source, comparison.sequences, islice(strangers, TRIES))
+            if mismatched is None:
+                self._dropped.add("unmatched", source.row, source.place)
+            else:
+                labels = (*_labels(source.example), *[0] * len(mismatched))
+                yield Comparison((*comparison.sequences, *mismatched), (), labels)
+
+    def _mismatched(
+        self, source: Source[Compared], own: Sequence[Ids], strangers: Iterable[Compared]
+    ) -> tuple[Ids, ...] | None:
         """The row's prompt with the answers of the first stranger that fits: one for each of the row's own answers."""
-        room = self._budget - sum(len(sequence.ids) for sequence in row.sequences)
+        room = self._budget - sum(len(sequence.ids) for sequence in own)
         for stranger in strangers:
-            others = answers_of(stranger.source.example)
-            chosen = [others[number % len(others)] for number in range(len(row.sequences))]
+            others = answers_of(stranger)
+            chosen = [others[number % len(others)] for number in range(len(own))]
             try:
-                encoded = [self._encode(row.source.example, answer) for answer in chosen]
+                encoded = [self._encode(source.example, answer) for answer in chosen]
             except ValueError:  # this prompt and that answer make no conversation that the template takes
                 continue
-            sequences = tuple(_until_the_end(part, self._ends, row.source.row) for part in encoded)
+            sequences = tuple(_until_the_end(part, self._ends, source.row) for part in encoded)
             lengths = [len(sequence.ids) for sequence in sequences]
             if max(lengths) <= self._data.max_length and sum(lengths) <= room:
                 return sequences

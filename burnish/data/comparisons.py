@@ -3,14 +3,15 @@
 from array import array
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Listed
+from functools import cached_property
 from itertools import chain, pairwise
 from typing import Any, overload
 
 import numpy
 from numpy.typing import NDArray
 
-from burnish.data.corpus import Corpus
-from burnish.types import Comparison, Sequence
+from burnish.data.corpus import Corpus, CorpusBuilder
+from burnish.types import Comparison
 
 
 class Comparisons(Listed[Comparison]):
@@ -31,8 +32,6 @@ class Comparisons(Listed[Comparison]):
         self.sequences = sequences
         """All answers of all comparisons, prompts included in each."""
         self.units, self.pairs, self.pair_starts, self.margins, self.labels = units, pairs, pair_starts, margins, labels
-        self.shared = _shared(sequences, units)
-        """How many tokens each sequence begins with that can be left out, as they stand in the first of its unit."""
 
     @classmethod
     def of(cls, comparisons: Iterable[Comparison]) -> "Comparisons":
@@ -40,17 +39,18 @@ class Comparisons(Listed[Comparison]):
         if isinstance(comparisons, Comparisons):
             return comparisons
         units, pair_starts, margins, labels = array("q", [0]), array("q", [0]), array("f"), array("b")
-        sequences: list[Sequence] = []
-        pairs: list[tuple[int, int]] = []
+        built, pairs = CorpusBuilder(), array("i")
         for comparison in comparisons:
-            sequences += comparison.sequences
-            units.append(len(sequences))
-            pairs += [(better, worse) for better, worse, _ in comparison.pairs]
-            margins.extend(margin for _, _, margin in comparison.pairs)
-            pair_starts.append(len(pairs))
+            for sequence in comparison.sequences:
+                built.append(sequence.ids, sequence.weights, sequence.row)
+            units.append(len(built))
+            for better, worse, margin in comparison.pairs:
+                pairs.extend((better, worse))
+                margins.append(margin)
+            pair_starts.append(len(margins))
             labels.extend(comparison.labels)
         return cls(
-            Corpus.of(sequences),
+            built.corpus(),
             numpy.array(units, numpy.int64),
             numpy.array(pairs, numpy.int32).reshape(-1, 2),
             numpy.array(pair_starts, numpy.int64),
@@ -68,6 +68,11 @@ class Comparisons(Listed[Comparison]):
         """The comparisons that these arrays are."""
         own = (arrays[name] for name in ("units", "pairs", "pair_starts", "margins", "labels"))
         return cls(Corpus.from_arrays(arrays), *own)
+
+    @cached_property
+    def shared(self) -> NDArray[numpy.int64]:
+        """How many tokens each sequence begins with that can be left out, as they stand in the first of its unit."""
+        return _shared(self.sequences, self.units)
 
     @property
     def lengths(self) -> NDArray[numpy.int64]:

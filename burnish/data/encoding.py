@@ -1,13 +1,10 @@
 """Rows into sequences, with the policy for rows that are too long or have nothing to train on. Imports no torch."""
 
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-
-import numpy
 
 from burnish.data.audit import Tally
 from burnish.data.chat import Encoded, encode_row
-from burnish.data.corpus import Corpus
+from burnish.data.corpus import Corpus, CorpusBuilder
 from burnish.data.reading import Source
 from burnish.data.templates import ChatTemplate, RefusedConversation
 from burnish.data.tokenizer import Tokenizer
@@ -59,7 +56,7 @@ class Encoder:
 
     def __init__(self, data: DataSettings, tokenizer: Tokenizer, template: ChatTemplate, dropped: Tally) -> None:
         self._data, self._tokenizer, self._template, self._dropped = data, tokenizer, template, dropped
-        self._ids, self._weights, self._starts, self._rows = array("i"), array("f"), array("q", [0]), array("i")
+        self._built = CorpusBuilder()
         self.responses = Responses()
         self.split = Tally()
         """Rows that were cut into pieces."""
@@ -82,12 +79,7 @@ class Encoder:
 
     def corpus(self) -> Corpus:
         """The sequences so far."""
-        return Corpus(
-            numpy.array(self._ids, numpy.int32),
-            numpy.array(self._weights, numpy.float32),
-            numpy.array(self._starts, numpy.int64),
-            numpy.array(self._rows, numpy.int32),
-        )
+        return self._built.corpus()
 
     def _encode(self, source: Source[Example | Text]) -> None:
         try:
@@ -108,7 +100,7 @@ class Encoder:
         """Put a row among the sequences as the policy for long ones has it; whether any of it went in."""
         length, most = len(encoded.ids), self._data.max_length
         if length <= most:
-            self._append(encoded.ids, encoded.weights, source.row)
+            self._built.append(encoded.ids, encoded.weights, source.row)
             return True
         self._longest = max(self._longest, length)
         if self._data.too_long != "split":
@@ -120,16 +112,10 @@ class Encoder:
             ids, weights = encoded.ids[start : start + most], encoded.weights[start : start + most]
             weights[0] = 0.0
             if any(weights):
-                self._append(ids, weights, source.row)
+                self._built.append(ids, weights, source.row)
             else:
                 self.idle_pieces += 1
         return True
-
-    def _append(self, ids: list[int], weights: list[float], row: int) -> None:
-        self._ids.extend(ids)
-        self._weights.extend(weights)
-        self._starts.append(len(self._ids))
-        self._rows.append(row)
 
     def _check(self) -> None:
         data = self._data
