@@ -39,7 +39,8 @@ class Curves:
 def draw_curves(runs: Sequence[RunFolder], names: Sequence[str]) -> Curves:
     """Every curve that some run has points for; runs that measured the same thing are in one picture."""
     logged = {name for run in runs for line in run.metrics for name, value in line.items() if _is_number(value)}
-    known = TRAINED.keys() | HELD_OUT.keys() | STEPS.keys() | PAIRS.keys() | POLICY.keys() | POLICY_STEPS.keys() | AXES
+    steps = STEPS | PAIR_STEPS | POLICY_STEPS
+    known = TRAINED.keys() | HELD_OUT.keys() | PAIRS.keys() | POLICY.keys() | steps.keys() | AXES
     kinds = [_kind(run) for run in runs]
     longest = max((_span(_logged(run, "loss")) for run in runs), default=1)
     main: list[Figure] = []
@@ -49,7 +50,7 @@ def draw_curves(runs: Sequence[RunFolder], names: Sequence[str]) -> Curves:
         main += _figures({"eval_loss": HELD_OUT_LOSSES[kind]}, runs, names, only=own)
     return Curves(
         main=main + _figures(HELD_OUT, runs, names) + _over_optimisation(runs, names),
-        steps=_figures(STEPS | POLICY_STEPS, runs, names, small=True),
+        steps=_figures(steps, runs, names, small=True),
         more=_figures({name: name for name in sorted(logged - known)}, runs, names, small=True),
         smoothed=longest if longest > 1 else 0,
     )
@@ -80,18 +81,27 @@ def _figures(
 
 
 def _over_optimisation(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Figure]:
-    """The reward that is trained on beside one that is not: where they part, the policy games the first (Gao 2022)."""
+    """The reward that is trained on beside one that is not: where they part, the policy games the first (Gao 2022).
+
+    They have scales of their own, so each is drawn as its change since the start, over the largest.
+    """
     series: list[Series] = []
     for i, run in enumerate(runs):
-        points, gold = _logged(run, "reward"), _logged(run, "gold") or _held_out(run, "eval_reward")
+        other = [] if str(run.row.get("scorer", "reward.")).startswith("reward.") else _held_out(run, "eval_reward")
+        points, gold = _logged(run, "reward"), _logged(run, "gold") or other
         if points and len(gold) > 2:
             smoothed = smooth(points, _span(points)) if _span(points) > 1 else points
-            series.append(Series(f"{names[i]}, trained on", tuple(thin(smoothed, MOST_POINTS)), i))
-            series.append(Series(f"{names[i]}, not trained on", tuple(thin(gold, MOST_POINTS)), i, dots=True))
+            series.append(Series(f"{names[i]}, trained on", tuple(thin(_gains(smoothed), MOST_POINTS)), i))
+            series.append(Series(f"{names[i]}, not trained on", tuple(thin(_gains(gold), MOST_POINTS)), i, dots=True))
     if not series:
         return []
-    title = "Reward that is trained on, and (dots) reward that is not"
+    title = "Gain in the reward trained on, and (dots) in one that is not; 1 is the largest"
     return [Figure(title, line_chart(series, title))]
+
+
+def _gains(points: Sequence[Point]) -> list[Point]:
+    largest = max((abs(y - points[0][1]) for _, y in points if math.isfinite(y)), default=0.0) or 1.0
+    return [(x, (y - points[0][1]) / largest) for x, y in points]
 
 
 def _series(run: RunFolder, key: str, name: str, style: int) -> list[Series]:
@@ -138,9 +148,8 @@ LOSSES = {"tokens": "Training loss", "pairs": "Training loss, of pairs", "policy
 """By what a run's loss is a mean over."""
 HELD_OUT_LOSSES = {"tokens": "Held-out loss", "pairs": "Held-out loss, of pairs", "policy": "Held-out loss"}
 TRAINED = {"loss": "", "mean_token_accuracy": "Token accuracy in training"}
-PAIRS = {
-    "accuracy": "Pairs ranked right in training",
-    "margin": "By how much the better answer is ahead",
+PAIRS = {"accuracy": "Pairs ranked right in training", "margin": "By how much the better answer is ahead"}
+PAIR_STEPS = {
     "chosen_reward": "Implicit reward of chosen answers",
     "rejected_reward": "Implicit reward of rejected answers",
     "chosen_score": "Score of chosen answers",
@@ -168,7 +177,9 @@ POLICY_STEPS = {
     "beta": "β, what a nat costs",
     "value_loss": "Loss of the value model",
 }
-SMOOTHED = {"loss", "mean_token_accuracy", "grad_norm", "tokens_per_second"} | PAIRS.keys() | POLICY.keys()
+SMOOTHED = (
+    {"loss", "mean_token_accuracy", "grad_norm", "tokens_per_second"} | PAIRS.keys() | PAIR_STEPS.keys() | POLICY.keys()
+)
 AXES = {
     "tokens",
     "step",

@@ -12,8 +12,8 @@ from burnish.report.charts import NUM_STYLES, bar_chart
 from burnish.report.curves import draw_curves
 from burnish.report.folders import Row, RunFolder, labels, read_run
 from burnish.report.settings import flat, side_by_side
-from burnish.report.table import bases, columns, start
-from burnish.report.units import ABSENT, count, decimal, duration, listing, percent
+from burnish.report.table import TABLED, bases, columns, start
+from burnish.report.units import ABSENT, MINUS, compact, count, decimal, duration, listing, percent
 from burnish.report.verdicts import Model, pair_samples, task_groups
 
 OPEN_SAMPLES = 6
@@ -50,6 +50,7 @@ def write_page(folders: Sequence[Path], out: Path, title: str) -> Path:
             models=models,
             row_names=row_names,
             columns=found,
+            more=_more([run.row for run in runs]),
             curves=draw_curves(runs, names),
             tasks=task_groups(models),
             samples=pair_samples(models),
@@ -116,8 +117,22 @@ def _wins(runs: Sequence[RunFolder], names: Sequence[str]) -> list[str]:
         rival = names[index] if index is not None else row.get("from", "the base")
         kl = row["metrics"].get("eval_kl")
         moved = "" if kl is None else f", {decimal(kl, 2)} nats away from it"
-        found.append(f"{name} wins against {rival} on {percent(rate)} of held-out prompts{moved}.")
+        found.append(f"{name} beats {rival} on {percent(rate)} of held-out prompts, ties half{moved}.")
     return found
+
+
+def _more(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
+    """What was measured at the end of the runs and is in no column: name, and a value for each run."""
+    measured = [dict(row.get("metrics", {})) for row in rows]
+    for metrics in measured:
+        if "eval_accuracy" in metrics and "eval_loss" in metrics:
+            metrics["pair_loss"] = metrics["eval_loss"]  # the column of losses is for losses per token
+    names = dict.fromkeys(name for metrics in measured for name in metrics if name not in TABLED)
+    return [(name.removeprefix("eval_"), [_told(metrics.get(name)) for metrics in measured]) for name in names]
+
+
+def _told(value: float | None) -> str:
+    return ABSENT if value is None else f"{MINUS if value < 0 else ''}{compact(abs(value))}"
 
 
 def _base_parameters(row: Row) -> int:

@@ -10,8 +10,11 @@ from burnish.report.units import ABSENT, TIMES, count, decimal, duration, percen
 
 FULL = "Full fine-tuning"
 BASE = "Base model"
-PAIR_ACCURACY = ("eval_preference_accuracy", "eval_reward_accuracy", "eval_accuracy")
-"""What recipes call the share of held-out pairs that they rank right."""
+TABLED = {
+    *("eval_loss", "eval_general_loss", "eval_exact_match", "eval_exact_match_seen", "eval_exact_match_unseen"),
+    *("eval_reward", "eval_kl", "eval_win_rate", "eval_accuracy"),
+}
+"""The measurements that columns are made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +227,7 @@ def _preferences(rows: Sequence[Row]) -> list[_Kind]:
             "KL",
             "How far the answers moved: their log-probability minus that under the reference, in nats an answer.",
             _metric("eval_kl"),
-            lambda v, _: decimal(v, 2),
+            lambda v, _: decimal(v, 2 if abs(v) >= 0.1 else 3),
         ),
         _Kind(
             f"win rate against {rival}",
@@ -240,7 +243,7 @@ def _preferences(rows: Sequence[Row]) -> list[_Kind]:
             "pairs",
             "Share of held-out pairs whose better answer scores higher: by a reward model's score, or by how much "
             "likelier than the reference a policy finds it.",
-            _pair_accuracy,
+            _metric("eval_accuracy"),
             _share,
             max,
         ),
@@ -309,11 +312,7 @@ def _metric(name: str) -> Callable[[Row], float | None]:
 
 def _likelihood(row: Row) -> float | None:
     """The held-out loss per token; None where the loss is one of pairs, which is another quantity."""
-    return None if _pair_accuracy(row) is not None else _metric("eval_loss")(row)
-
-
-def _pair_accuracy(row: Row) -> float | None:
-    return next((v for name in PAIR_ACCURACY if (v := _metric(name)(row)) is not None), None)
+    return None if _metric("eval_accuracy")(row) is not None else _metric("eval_loss")(row)
 
 
 def _forgetting(rows: Sequence[Row]) -> Callable[[Row], float | None]:

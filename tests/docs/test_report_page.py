@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from burnish.report.page import write_page
-from tests.unit.report.folders import METHODS, finished_run
+from tests.unit.report.folders import LATER, METHODS, finished_run, later_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -101,6 +101,23 @@ def test_the_report_opens_in_chromium(page: str, tmp_path: Path, width: int, dar
     assert not faint, "text below the contrast of WCAG AA"
     background = next(iter(seen["colours"])).split(" on ")[1]
     assert (contrast(f"{background} on rgb(0, 0, 0)") < 2) == dark
+
+
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
+def test_the_report_of_learning_from_preferences_opens_too(tmp_path: Path, width: int, dark: bool) -> None:
+    runs = [finished_run(tmp_path / kind, kind) for kind in METHODS]
+    runs += [later_run(tmp_path / kind, kind) for kind in LATER]
+    page = write_page(runs, tmp_path / "report.html", "Six methods on one base").read_text(encoding="utf-8")
+    seen = opened(page, tmp_path, width, dark)
+    assert seen["overflow"] == 0
+    assert seen["beyond"] == []
+    methods = ["Full fine-tuning", "LoRA", "QLoRA", "LoRA + DPO", "LoRA + reward model", "LoRA + PPO"]
+    assert [row[0] for row in seen["rows"]] == ["Base model", *methods]
+    assert seen["rows"][6][7:11] == ["0.930", "1.24", "61.5%", "–"]
+    assert all(200 < chart_width <= width for chart_width in seen["charts"])
+    assert seen["requested"] == []
+    assert seen["smallest"] >= 12
+    assert not {pair: contrast(pair) for pair in seen["colours"] if contrast(pair) < 4.5}
 
 
 def test_a_request_would_be_noticed(page: str, tmp_path: Path) -> None:

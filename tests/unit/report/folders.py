@@ -26,6 +26,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "LoRA", "storage": "bf16", "kind": "lora", "trainable": 184_320, "final": 0.47, "skill": 0.82},
     "qlora": {"method": "QLoRA", "storage": "nf4", "kind": "lora", "trainable": 184_320, "final": 0.49, "skill": 0.8},
 }
+LATER: dict[str, dict[str, Any]] = {
+    "dpo": {"method": "LoRA + DPO", "learned": {"eval_reward": 0.912, "eval_kl": 3.21, "eval_win_rate": 0.63}},
+    "reward": {"method": "LoRA + reward model", "learned": {}},
+    "ppo": {"method": "LoRA + PPO", "learned": {"eval_reward": 0.93, "eval_kl": 1.24, "eval_win_rate": 0.615}},
+}
+"""Runs that go on from `lora` and learn from preferences."""
 NASTY = '<script>alert("x")</script><img src="http://example.invalid/x.png">'
 
 
@@ -70,6 +76,35 @@ def finished_run(folder: Path, kind: str = "lora", steps: int = 120, every: int 
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "before.json").write_text(json.dumps(_verdict(before, 0.01, random.Random(0))))
     (folder / "after.json").write_text(json.dumps(_verdict(after, skill, rng)))
+    return folder
+
+
+def later_run(folder: Path, kind: str, steps: int = 60) -> Path:
+    """A finished run of one of LATER, beside that of `lora` in the same folder."""
+    rng, about = random.Random(kind), LATER[kind]
+    finished_run(folder, "lora", steps, run=folder.name, method=about["method"])
+    (row,) = json.loads((folder / "results.json").read_text())
+    shared = {name: value for name, value in row["metrics"].items() if name != "eval_loss"}
+    start, end = (
+        {"eval_reward": 0.844, "eval_kl": 0.0, "eval_win_rate": 0.5, "eval_answer_tokens": 7.5},
+        about["learned"],
+    )
+    pairs = {"eval_accuracy": 0.93, "eval_loss": 0.21, "eval_margin": 2.4, "eval_length_correlation": -0.31}
+    if kind == "reward":
+        row |= {"before": {"eval_accuracy": 0.49, "eval_loss": 0.71}, "metrics": pairs}
+    else:
+        row |= {"before": shared | start, "metrics": shared | start | end | (pairs if kind == "dpo" else {})}
+        row["scorer"] = "the embedded world"
+    (folder / "results.json").write_text(json.dumps([row]))
+    config = yaml.safe_load((folder / "config.yaml").read_text()) | {"from": str(folder.parent / "lora")}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    lines = [(_policy_line if kind == "ppo" else _pairs_line)(step, steps, rng) for step in range(1, steps + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, metrics in (("before", row["before"]), ("after", row["metrics"])):
+        verdict = _verdict(metrics, 0.8, rng) if kind != "reward" else {"metrics": metrics, "samples": []}
+        for sample in verdict["samples"]:
+            sample["reward"] = 1.0 if sample["correct"] else -0.25
+        (folder / f"{name}.json").write_text(json.dumps(verdict))
     return folder
 
 
@@ -130,6 +165,28 @@ def _line(step: int, steps: int, final: float, every: int, rng: random.Random) -
             "eval_loss": final + 0.06 + (3.2 - final) * shape,
             "eval_perplexity": 2.0,
             "eval_general_loss": 2.103 + 0.1 * step / steps,
+        }
+    return line
+
+
+def _pairs_line(step: int, steps: int, rng: random.Random) -> dict[str, Any]:
+    margin = 3 * step / steps + rng.gauss(0, 0.2)
+    line: dict[str, Any] = {"step": step, "loss": math.log1p(math.exp(-margin)), "margin": margin, "tokens": 1024.0}
+    line |= {"accuracy": min(1.0, 0.6 + 0.4 * step / steps), "chosen_reward": margin / 4, "rejected_reward": -margin}
+    return line | {"grad_norm": 1.0, "learning_rate": 3e-4, "tokens_per_second": 4000.0, "num_tokens": 1024 * step}
+
+
+def _policy_line(step: int, steps: int, rng: random.Random) -> dict[str, Any]:
+    far = step / steps
+    line: dict[str, Any] = {"step": step, "loss": rng.gauss(0, 0.02), "tokens": 900.0, "num_tokens": 900 * step}
+    line |= {"reward": 2 * far + rng.gauss(0, 0.15), "kl": 6 * far**2, "entropy": 0.4 - 0.2 * far, "eos_rate": 0.97}
+    line |= {"clip_fraction": 0.02, "explained_variance": 0.7 * far, "answer_tokens": 8 - far, "beta": 0.05}
+    line |= {"value_loss": 0.3 - 0.2 * far, "ratio": 1.0, "learning_rate": 1e-4, "tokens_per_second": 700.0}
+    if step % 10 == 0:
+        line |= {
+            "eval_reward": 0.84 + 0.3 * far - 0.25 * far**2,
+            "eval_kl": 5 * far**2,
+            "eval_win_rate": 0.5 + 0.1 * far,
         }
     return line
 

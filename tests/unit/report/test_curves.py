@@ -4,7 +4,7 @@ from typing import Any
 
 from burnish.report.curves import draw_curves
 from burnish.report.folders import read_run
-from tests.unit.report.folders import bare_run
+from tests.unit.report.folders import LATER, bare_run, finished_run, later_run
 
 
 def described(folder: Path, lines: list[dict[str, Any]], **row: Any) -> dict[str, str]:
@@ -34,3 +34,32 @@ def test_speed_is_that_of_steps_without_an_evaluation(tmp_path: Path) -> None:
 
 def test_a_metric_that_was_never_finite_is_not_drawn(tmp_path: Path) -> None:
     assert described(tmp_path / "run", [{"step": 1, "loss": float("inf"), "note": "text", "flag": True}]) == {}
+
+
+def test_losses_of_different_kinds_are_not_drawn_together(tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path / "lora", "lora"), *(later_run(tmp_path / kind, kind) for kind in LATER)]
+    names = ["LoRA", "DPO", "reward", "PPO"]
+    curves = draw_curves([read_run(run) for run in runs], names)
+    titles = {figure.title: figure.svg.split('aria-label="')[1].split('"')[0] for figure in curves.main}
+
+    def drawn(title: str) -> list[str]:
+        return [name for name in names if f"{name} from" in titles[title]]
+
+    assert drawn("Training loss") == ["LoRA"]
+    assert drawn("Training loss, of pairs") == drawn("Pairs ranked right in training") == ["DPO", "reward"]
+    assert drawn("Loss of the policy") == drawn("Reward of the answers") == ["PPO"]
+    assert drawn("Held-out reward") == ["PPO"], "two points alone are in the table"
+    small = [figure.title for figure in curves.steps]
+    assert {"Entropy of a token, in nats", "Variance that values explain", "Share of ratios that were clipped"} <= {
+        *small
+    }
+    assert [figure.title for figure in curves.more] == ["ratio"]
+
+
+def test_a_reward_that_is_not_trained_on_is_drawn_beside_the_one_that_is(tmp_path: Path) -> None:
+    rise_and_fall = [0.0, 0.5, 1.0, 0.75]
+    lines = [{"step": i, "reward": 3.0 * i, "eval_reward": 2 + y / 10} for i, y in enumerate(rise_and_fall, 1)]
+    title = "Gain in the reward trained on, and (dots) in one that is not; 1 is the largest"
+    found = described(tmp_path / "gold", lines, scorer="the embedded world")[title]
+    assert found.endswith("LoRA, trained on from 0 to 1; LoRA, not trained on from 0 to 0.75")
+    assert title not in described(tmp_path / "same", lines, scorer="reward.path=runs/rm")

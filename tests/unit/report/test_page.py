@@ -2,15 +2,17 @@
 import html
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from burnish.data.audit import Answers
 from burnish.report.page import write_page
 from burnish.report.settings import side_by_side
 from burnish.report.verdicts import Model, clipped, pair_samples, task_groups
-from tests.unit.report.folders import METHODS, NASTY, UNSEEN, bare_run, finished_run
+from tests.unit.report.folders import LATER, METHODS, NASTY, UNSEEN, audit, bare_run, finished_run, later_run
 
 VOID = {"meta", "br", "wbr", "path", "rect", "circle"}
 
@@ -152,3 +154,37 @@ def test_settings_side_by_side() -> None:
     )
     assert found.different == [("a.b", ["1", "2"]), ("n", ["–", "true"])]
     assert found.shared == [("a.c", "none"), ("t", "x, y")]
+
+
+def test_the_page_of_learning_from_preferences(tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path / "lora", "lora"), *(later_run(tmp_path / kind, kind) for kind in LATER)]
+    page = write_page(runs, tmp_path / "report.html", "Preferences").read_text(encoding="utf-8")
+    read = Reader(page)
+    assert read.texts["p"][1:5] == [
+        "4 runs from the embedded base (3.41M parameters) on the embedded data, on cpu (2 threads).",
+        "Accuracy on held-out prompts of seen families: 0.8% before; 82.0% with LoRA, 82.0% with LoRA + DPO and 82.0% "
+        "with LoRA + PPO.",
+        "LoRA + DPO beats LoRA on 63.0% of held-out prompts, ties half, 3.21 nats away from it.",
+        "LoRA + PPO beats LoRA on 61.5% of held-out prompts, ties half, 1.24 nats away from it.",
+    ]
+    rows = [" ".join(text.split()) for text in read.texts["tr"]]
+    assert "length_correlation – −0.31 −0.31 –" in rows
+    assert "pair_loss – 0.21 0.21 –" in rows
+    assert len(page.encode()) < 150_000
+
+
+def test_answers_that_were_scored_show_what_they_are_worth_and_ungraded_ones_no_verdict(tmp_path: Path) -> None:
+    run = bare_run(tmp_path / "run")
+    sample = {"task": None, "prompt": "Hi", "reference": None, "answer": "Hello", "correct": None, "reward": -1.5}
+    (run / "after.json").write_text(json.dumps({"metrics": {}, "samples": [sample]}))
+    page = write_page([run], tmp_path / "report.html", "Scored").read_text()
+    assert "reward −1.50" in [text.strip() for text in Reader(page).texts["dd"]]
+    assert "wrong" not in Reader(page).texts["article"][0]
+
+
+def test_the_account_of_compared_answers_is_shown(tmp_path: Path) -> None:
+    run = bare_run(tmp_path / "run")
+    answers = Answers(120, 4, 8.0, 13.5, longer=0.25, shorter=0.7, stored=900)
+    (run / "audit.json").write_text(json.dumps(replace(audit(), answers=answers).as_dict()))
+    said = Reader(write_page([run], tmp_path / "report.html", "Pairs").read_text()).texts["dd"]
+    assert "120, 4 with a margin; the better answer is longer in 25.0%, shorter in 70.0%" in said
