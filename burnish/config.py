@@ -96,6 +96,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _value(kind: str, key: str, text: str) -> Any:
     """A word's value: as it stands where text is wanted, else YAML's reading: lists, numbers, true and null."""
+    if text in kind.split("|"):  # `off` is a choice here, and false in YAML
+        return text
     listed = text.startswith("[") and text.endswith("]")
     if kind.startswith("str") and not (listed and "tuple" in kind):
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""

@@ -119,6 +119,14 @@ def test_lengths_that_are_not_given_follow_those_that_are():
     assert "run.microbatch_tokens=128" in message("run.step_tokens=128", "run.microbatch_tokens=4096")
 
 
+def test_a_choice_that_yaml_takes_for_a_truth_value_is_a_choice():
+    assert [parse(TrainingSettings, [f"run.compile={word}"]).run.compile for word in ("on", "off", "auto")] == [
+        "on",
+        "off",
+        "auto",
+    ]
+
+
 def test_a_list_of_one_needs_no_brackets():
     assert parse(TrainingSettings, ["save.trackers=tensorboard"]).save.trackers == ("tensorboard",)
     assert parse(TrainingSettings, ["save.trackers=none"]).save.trackers == ()
