@@ -120,7 +120,8 @@ def check_function(setting: str) -> None:
         raise ValueError(f"reward.function={setting}: {path} is not Python:{line} {error}") from None
     names = set(_bound(tree.body))
     if name not in names and "*" not in names:
-        functions = sorted(node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+        defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        functions = sorted(name for name in defined if not name.startswith("_"))
         there = f"it has {', '.join(functions)}" if functions else "it has no function at all"
         raise ValueError(f"reward.function={setting}: {path} does not define {name}; {there}")
 

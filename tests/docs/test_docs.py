@@ -55,6 +55,16 @@ QUICK = {
         "save.trackers=[]",
         "run.steps=2",
     ),
+    "reward": (
+        "run.device=cpu run.step_tokens=1024 run.microbatch_tokens=1024 data.max_length=512 data.limit=20 "
+        "save.trackers=[]",
+        "run.steps=2",
+    ),
+    **dict.fromkeys(
+        ("ppo", "grpo", "rloo", "reinforce"),
+        # Two steps of SFT do not teach a model to end its answers: letters do it.
+        ("run.device=cpu save.trackers=[]", "run.steps=2 rollout.prompts=4 rollout.max_tokens=16 rollout.stop=[a,e,i]"),
+    ),
     "eval": ("data.limit=20 data.max_length=512", ""),
     "generate": ("", "max_tokens=4"),
 }
