@@ -29,8 +29,8 @@ class Config(TrainingSettings):
     centering: float = Field(
         default=0.0, ge=0, description="Adds this times (r_c + r_r)², which holds raw scores near 0."
     )
-    normalise: Literal["chosen", "all", "none"] = Field(
-        default="chosen",
+    normalise: Literal["all", "chosen", "none"] = Field(
+        default="all",
         description="The answers of the training data whose scores shall have mean 0 and deviation 1: stored beside.",
     )
     share_prefix: bool = Field(default=True, description="Compute a prompt once for all its answers; same results.")
