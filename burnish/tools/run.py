@@ -272,12 +272,13 @@ def _check(stage: Stage) -> None:
 
 
 def _open_lineage(folder: Path, stages: list[Stage]) -> dict[str, Any]:
-    """What is known of earlier runs. Raises ValueError where a folder is in the way that no stage has made."""
+    """What is known of earlier runs. Raises ValueError where something is in the way that no pipeline has made."""
     lineage = read_lineage(folder)
-    for stage in stages:
-        if stage.folder.exists() and stage.name not in lineage:
+    ours = [] if lineage else [folder / name for name in ("config.yaml", "results.json", "report.html", "table.md")]
+    for path in (*ours, *(stage.folder for stage in stages if stage.name not in lineage)):
+        if path.exists():
             raise ValueError(
-                f"{stage.folder} is in the way and was not made by this pipeline: move it, or write folder=DIR"
+                f"{path} is in the way and was not made by this pipeline: write folder=DIR with a new path"
             )
     return lineage
 

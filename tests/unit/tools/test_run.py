@@ -16,8 +16,8 @@ import yaml
 from safetensors.torch import load_file
 
 from burnish.cli import main
-from burnish.config import ConfigError, build
-from burnish.tools.run import Config, read_stages
+from burnish.config import ConfigError, build, parse
+from burnish.tools.run import Config, _check, read_stages
 from tests.tiny import forkserver, tiny_data, tiny_folder
 
 TIMES = ("seconds", "tokens_per_second", "memory_bytes")
@@ -186,8 +186,13 @@ def test_a_stage_of_another_pipeline_is_not_touched(again: Path, capsys: pytest.
     out = again.parent / "out"
     (out / "lineage.json").unlink()
     assert run(again) == 1
-    error = capsys.readouterr().err
-    assert f"{out / 'first'} is in the way and was not made by this pipeline" in error
+    assert f"{out / 'results.json'} is in the way and was not made by this pipeline" in capsys.readouterr().err
+    for name in ("results.json", "report.html", "table.md"):
+        (out / name).unlink()
+    assert run(again) == 1
+    assert f"{out / 'first'} is in the way" in capsys.readouterr().err
+    assert run(again, f"folder={out / 'first'}") == 1
+    assert f"{out / 'first' / 'config.yaml'} is in the way" in capsys.readouterr().err
     (out / "lineage.json").write_text("{")
     assert run(again) == 1
     assert "lineage.json cannot be read" in capsys.readouterr().err
@@ -291,7 +296,88 @@ def test_asked_to_stop_it_saves_and_the_same_command_goes_on(base: Path, tmp_pat
     assert len(list((tmp_path / "out" / "long" / "checkpoints").iterdir())) == 1
 
 
+def all_recipes(base: Path, folder: Path) -> dict[str, Any]:
+    """Fine-tuning, then a reward model and reinforcement, and DPO beside them, in as few steps as possible."""
+    answers = "".join(
+        json.dumps({"prompt": f"say {i}", "chosen": f"{i} is what I say", "rejected": "no " * (1 + i % 3)}) + "\n"
+        for i in range(30)
+    )
+    (base / "pairs.jsonl").write_text(answers)
+    pairs = {"path": str(base / "pairs.jsonl")}
+    pipeline = tree(
+        base,
+        folder,
+        sft={"run.steps": 40, "optim.lr": 0.03},  # until some answers end by themselves
+        reward={"recipe": "reward", "from": "sft", "data": pairs},
+        ppo={
+            "recipe": "ppo",
+            "from": "sft",
+            "reward.path": "reward",
+            "data": pairs,
+            "rollout": {"prompts": 12, "max_tokens": 20},
+            "minibatches": 2,
+            "evaluate": {"prompts": 3, "max_tokens": 6},
+        },
+        dpo={"recipe": "dpo", "from": "sft", "data": pairs, "beta": 0.5, "evaluate": {"prompts": 3, "max_tokens": 6}},
+    )
+    pipeline["shared"]["run"]["steps"] = 2
+    return pipeline
+
+
+def test_a_pipeline_of_all_kinds_killed_in_reinforcement_goes_on_bit_for_bit(
+    processes: Any, base: Path, tmp_path: Path
+) -> None:
+    whole, killed = (
+        written(all_recipes(base, tmp_path / name / "out"), tmp_path / name) for name in ("whole", "killed")
+    )
+    kill_in, in_ppo = "burnish.engine.run:Run.log", 40 + 2 + 2  # the second step of the third stage
+    for path, kill, at_call, status in (
+        (whole, None, 0, 0),
+        (killed, kill_in, in_ppo, -signal.SIGKILL),
+        (killed, None, 0, 0),
+    ):
+        process = processes.Process(target=pipeline_in_process, args=([str(path)], kill, at_call))
+        process.start()
+        process.join()
+        assert process.exitcode == status
+    expected, found = tmp_path / "whole" / "out", tmp_path / "killed" / "out"
+    for name in ("sft", "reward", "ppo", "dpo"):
+        weights = [path.relative_to(expected) for path in (expected / name).glob("*/*.safetensors")]
+        assert len(weights) == (2 if name == "ppo" else 1)
+        for path in weights:
+            ours, theirs = load_file(found / path), load_file(expected / path)
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours), path
+    before, after = (json.loads((place / "results.json").read_text()) for place in (expected, found))
+    assert [row["metrics"] for row in before] == [row["metrics"] for row in after]
+    assert [row["method"] for row in after] == ["LoRA", "LoRA + reward model", "LoRA + PPO", "LoRA + DPO"]
+    assert [row.get("from") for row in after] == [None, "sft", "sft", "sft"]
+    stages = json.loads((found / "lineage.json").read_text())["stages"]
+    assert stages["ppo"]["from"] == {"from": "sft", "reward.path": "reward"}
+    assert stages["ppo"]["left"].keys() == {"adapter", "value"}
+    assert "eval_win_rate" in after[2]["metrics"]
+
+
 # What is read.
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[3] / "examples").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_example_is_read_and_its_stages_follow_each_other(path: Path) -> None:
+    config = parse(Config, [str(path)])
+    stages = read_stages(config)
+    assert config.folder == f"runs/{path.stem}"
+    assert f"burnish run examples/{path.name}" in path.read_text().splitlines()[0]
+    for stage in stages:
+        _check(stage)
+    assert [stage.references.get("from") is None for stage in stages] == [True, *[False] * (len(stages) - 1)]
+    assert [stage.recipe for stage in stages] == {
+        "sft-dpo": ["sft", "dpo"],
+        "qlora-dpo": ["sft", "dpo"],
+        "sft-lora-dpo": ["sft", "sft", "dpo"],
+        "sft-reward-ppo": ["sft", "reward", "ppo"],
+    }[path.stem]
 
 
 def stages_of(base: Path, folder: Path, **stages: Any) -> dict[str, Any]:
