@@ -200,7 +200,8 @@ def open_reference(
         return asked(role, mesh)
     streams = [stream]
     if len(data.held_out):
-        streams.append(ComparisonStream(data.held_out, config.run.microbatch_tokens, 1, 0, mesh.rank, mesh.world))
+        budget, share = config.run.microbatch_tokens, config.share_prefix
+        streams.append(ComparisonStream(data.held_out, budget, 1, 0, mesh.rank, mesh.world, share))
     about = about_model(
         start, config.model, activation_dtype(config.run.dtype, mesh.device), mesh.device, config.run.seed
     )
