@@ -201,7 +201,6 @@ class RewardSettings(Settings):
     timeout: float = Field(default=60.0, gt=0, description="Seconds that one request may take.")
     retries: int = Field(default=3, ge=0, description="How often a failed request is sent again.")
     clip: float | None = Field(default=None, gt=0, description="Scores are cut to ±this.")
-    whiten: bool = Field(default=False, description="Divide the token rewards of a step by their deviation.")
     storage: Literal["bf16", "fp32", "nf4"] = Field(
         default="bf16", description="How a reward model with a base of its own is kept."
     )

@@ -86,6 +86,9 @@ def main(config: Config) -> dict[str, Any]:
             now, old = policy.log_probs(batch), batch.old_log_probs
             weights, _ = averaging(batch, config.average, config.rollout.max_tokens)
             surrogate, metrics = ppo_loss(now, old, batch.advantages, weights, config.clip)
+            if config.average == "constant":  # what is logged beside the loss are means over tokens that there are
+                means = averaging(batch, "sequence", 1)[0] * config.rollout.max_tokens
+                _, metrics = ppo_loss(now, old, batch.advantages, means, config.clip)
             if config.kl.place == "reward":
                 return surrogate, metrics
             divergence, _ = kl_loss(now, batch.reference_log_probs, weights, config.kl.estimator, old)

@@ -103,7 +103,8 @@ def main(config: Config) -> dict[str, Any]:
         assert value is not None
         updates, warmup = config.epochs * config.minibatches, config.value.warmup
         policy_learner = learner_of(cast.policy_parameters, config.optim, (task.steps - warmup) * updates, mesh)
-        value_optim = config.optim.model_copy(update={"lr": config.value.lr or config.optim.lr})
+        value_lr = config.optim.lr if config.value.lr is None else config.value.lr
+        value_optim = config.optim.model_copy(update={"lr": value_lr})
         value_learner = learner_of(cast.value_parameters, value_optim, task.steps * updates, mesh)
         practice = Practice(task, cast, mesh, config.minibatches)
 

@@ -30,7 +30,7 @@ def main(config: Config) -> dict[str, Any]:
     from burnish.engine.run import Run
     from burnish.evaluate.judge import open_judge
     from burnish.losses.advantage import leave_one_out
-    from burnish.losses.policy import reinforce_loss
+    from burnish.losses.policy import averaging, reinforce_loss
     from burnish.report.results import finish, method_name
     from burnish.sampling.cast import open_cast
     from burnish.sampling.experience import compared, num_answers, worth_of
@@ -54,7 +54,11 @@ def main(config: Config) -> dict[str, Any]:
 
         # 4. The loss: −A_i Σ_t log π(y_t), where A_i is R_i less the mean R of the group's other answers.
         def objective(batch: RolloutBatch):
-            return reinforce_loss(policy.log_probs(batch), batch.old_log_probs, batch.advantages, batch.weights)
+            now, old = policy.log_probs(batch), batch.old_log_probs
+            loss, _ = reinforce_loss(now, old, batch.advantages, batch.weights)
+            # An answer's loss is a sum over its tokens; what is logged of it beside that are means.
+            _, metrics = reinforce_loss(now, old, batch.advantages, averaging(batch, "sequence", 1)[0])
+            return loss, metrics
 
         judge = open_judge(task, cast)
         with Run(config, [learner], cast.models, task.steps, practice.fingerprint, practice.states) as run:

@@ -16,7 +16,7 @@ from burnish.engine.roles import Role
 from burnish.engine.start import Start
 from burnish.model.adapter_files import load_adapter, save_adapter
 from burnish.model.adapters import AdapterSpec, adapter_names, adapter_parameters, add_adapter, copy_adapter
-from burnish.model.checkpoint import base_fingerprint, load_model
+from burnish.model.checkpoint import base_fingerprint, init_model, load_model
 from burnish.model.decoder import Decoder
 from burnish.model.heads import ScalarHead, add_head, head_parameters
 from burnish.sampling.scoring import RewardSource, open_reward, shared_reward
@@ -49,14 +49,7 @@ def open_cast(task: Task[C], mesh: Mesh, with_value: bool = False) -> Cast:
     """
     config, start = task.config, task.start
     reward_adapter = shared_reward(config.reward, start.base)
-
-    def furnish(decoder: Decoder) -> None:
-        if reward_adapter is not None:
-            load_adapter(decoder, reward_adapter, REWARD, head=REWARD)
-        if with_value:
-            _add_value(decoder, reward_adapter, config)
-
-    full = config.adapter.kind == "none"
+    furnish, full = _furnishing(task, reward_adapter, with_value), config.adapter.kind == "none"
     model, name = open_model(start, config.model, config.adapter, config.run, mesh, None if full else furnish)
     frozen = _second_copy(start, config, mesh, furnish) if full else model
     models = nn.ModuleList([model, frozen] if full else [model]).eval()
@@ -87,13 +80,29 @@ def save_value(cast: Cast, folder: Path, task: Task[C], learner: Learner) -> Non
         trained = learner.mesh.gather(learner.parameters)
         if not learner.mesh.is_main:
             return
-        here = Mesh(torch.device("cpu"))
-        model = _second_copy(start, config, here, lambda decoder: _add_value(decoder, None, config))
+        here, furnish = Mesh(torch.device("cpu")), _furnishing(task, shared_reward(config.reward, start.base), True)
+        if config.adapter.kind == "none":
+            model = _second_copy(start, config, here, furnish)
+        else:
+            model, _ = open_model(start, config.model, config.adapter, config.run, here, furnish)
         for name, parameter in (adapter_parameters(model, VALUE) | head_parameters(model, VALUE)).items():
             parameter.data.copy_(trained[name])
-    about = {"kind": "value", "base_fingerprint": base_fingerprint(start.base)}
+    from_file = config.model.init == "weights"
+    about = {"kind": "value", "base_fingerprint": base_fingerprint(start.base) if from_file else None}
     base, revision = config.model.path, config.model.revision
     save_adapter(model, VALUE, folder, base, start.words, about=about, revision=revision, head=VALUE)
+
+
+def _furnishing(task: Task[C], reward_adapter: Path | None, with_value: bool) -> Callable[[Decoder], None]:
+    """What gives a model the roles that it carries besides policy and reference."""
+
+    def furnish(decoder: Decoder) -> None:
+        if reward_adapter is not None:
+            load_adapter(decoder, reward_adapter, REWARD, head=REWARD)
+        if with_value:
+            _add_value(decoder, reward_adapter, task.config)
+
+    return furnish
 
 
 def _add_value(decoder: Decoder, reward: Path | None, config: ReinforcementSettings) -> None:
@@ -125,10 +134,12 @@ def _value_adapter(adapter: AdapterSettings) -> AdapterSettings:
 def _second_copy(
     start: Start, config: ReinforcementSettings, mesh: Mesh, furnish: Callable[[Decoder], None]
 ) -> Decoder:
-    """A frozen copy of the model that training starts from, with what it is to carry."""
-    dtype = activation_dtype(config.run.dtype, mesh.device)
-    storage = config.kl.storage if config.adapter.kind == "none" else config.model.storage
-    decoder = load_model(start.base, storage, mesh.device, dtype, config.model.double_quant)
+    """A frozen copy of the model with all its weights that training starts from, with what it is to carry."""
+    how = (config.kl.storage, mesh.device, activation_dtype(config.run.dtype, mesh.device), config.model.double_quant)
+    if config.model.init == "random":
+        decoder = init_model(start.base, config.run.seed, *how)
+    else:
+        decoder = load_model(start.base, *how)
     furnish(decoder)
     lay_out(decoder, config.run, mesh)
     return decoder

@@ -21,6 +21,7 @@ from burnish.losses.advantage import moments, on_tokens, whiten
 from burnish.losses.kl import ESTIMATORS
 from burnish.ops.sequences import sequence_sums
 from burnish.sampling.sampler import Sampler, Sampling
+from burnish.sampling.stops import before_stop
 from burnish.settings import RolloutSettings
 from burnish.types import Batch, Comparison, Prompt, Rollout, RolloutBatch
 from burnish.types import Sequence as TokenSequence
@@ -65,7 +66,7 @@ class Actor:
                 found.ids,
                 self._text(found.ids),
                 found.ended,
-                group=i // self.samples,
+                group=self._place(i // self.samples),
             )
             for i, found in enumerate(written)
         ]
@@ -78,38 +79,37 @@ class Actor:
         return rollouts
 
     def _place(self, number: int) -> int:
-        """The place in the whole step of this rank's prompt, so that what is drawn does not depend on ranks."""
+        """The place in the whole step of this rank's prompt, so that nothing depends on how many ranks there are."""
         return self.mesh.rank + number * self.mesh.world
 
     def _text(self, ids: Sequence[int]) -> str:
         closed = ids[:-1] if ids and ids[-1] in self.sampling.end_ids else ids
-        return self.tokenizer.decode(list(closed)).strip()
+        return before_stop(self.tokenizer.decode(list(closed)), self.sampling.stop).strip()
 
 
 Minibatches = list[list[RolloutBatch]]
 
 
-def arrange(
-    rollouts: Sequence[Rollout], minibatches: int, budget: int, seed: tuple[int, int], mesh: Mesh
-) -> Minibatches:
+def arrange(rollouts: Sequence[Rollout], minibatches: int, budget: int, mesh: Mesh) -> Minibatches:
     """The micro-batches of each of the step's minibatches, on the device, still without what the update needs.
 
-    Answers to one prompt stay together where they fit, so that the prompt is computed once; which prompts share a
-    minibatch is drawn anew in each step. Every rank gets as many micro-batches, if need be some that count for nothing,
-    and a minibatch in which nothing counts is left out. Raises ValueError when that leaves none.
+    Neighbours among the step's prompts, whose order is drawn anew in each epoch, share a minibatch, on however many
+    ranks. Answers to one prompt stay together where they fit, so that the prompt is computed once. Every rank gets as
+    many micro-batches, if need be some that count for nothing, and a minibatch in which nothing counts is left out.
+    Raises ValueError when that leaves none.
     """
     groups: dict[int, list[Rollout]] = {}
     for rollout in rollouts:
         groups.setdefault(rollout.group, []).append(rollout)
-    order = sorted(groups)
-    random.Random(f"{seed}").shuffle(order)
+    num_groups = max(mesh.collect(max(groups, default=0))) + 1
     found: Minibatches = []
     for k in range(minibatches):
-        members = [part for group in order[k::minibatches] for part in _fitting(groups[group], budget)]
+        chosen = [group for group in sorted(groups) if group * minibatches // num_groups == k]
+        members = [part for group in chosen for part in _fitting(groups[group], budget)]
         units = [Comparison(tuple(_sequence(rollout) for rollout in part)) for part in members]
         packs = [
-            _rollout_batch([units[i] for i in chosen], [rollout for i in chosen for rollout in members[i]])
-            for chosen in pack(Comparisons.of(units).sizes(share_prefix=True), budget)
+            _rollout_batch([units[i] for i in places], [rollout for i in places for rollout in members[i]])
+            for places in pack(Comparisons.of(units).sizes(share_prefix=True), budget)
         ]
         packs += [_rollout_batch([_IDLE], [])] * (max(mesh.collect(len(packs))) - len(packs))
         if mesh.any(any(batch.total_weight for batch in packs)):
@@ -170,8 +170,13 @@ def num_answers(batch: RolloutBatch) -> float:
 
 
 def averaged(updates: Sequence[Mapping[str, float]], prefix: str = "") -> dict[str, float]:
-    """The metrics of a step's updates: their means, but the tokens in all, and the last learning rate."""
-    found = {prefix + name: sum(u[name] for u in updates) / len(updates) for name in (updates[0] if updates else ())}
+    """The metrics of a step's updates: their means, but the tokens in all, and the last learning rate.
+
+    Each has the prefix once, also where it is part of its own name.
+    """
+    names = updates[0] if updates else ()
+    means = {name: sum(update[name] for update in updates) / len(updates) for name in names}
+    found = {prefix + name.removeprefix(prefix): mean for name, mean in means.items()}
     last = {prefix + "learning_rate": updates[-1]["learning_rate"]} if updates else {}
     return found | last | ({prefix + "tokens": sum(update["tokens"] for update in updates)} if updates else {})
 

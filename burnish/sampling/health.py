@@ -13,10 +13,10 @@ from burnish.types import Rollout, RolloutBatch
 def vital_signs(rollouts: Sequence[Rollout], batches: Sequence[RolloutBatch], mesh: Mesh) -> dict[str, float]:
     """What the step's answers say, over all ranks.
 
-    `reward` and `reward_std` of the scores, `eos_rate`, `answer_tokens` on average, `failed` answers without a score,
-    `reward_length_correlation`; `kl` of an answer: the sum over its tokens of log π - log π_ref, averaged over answers;
-    `entropy` of a token: the mean of -log π over the tokens drawn; and `explained_variance`, 1 - Var(R - V) / Var(R)
-    over tokens, where there are values.
+    `reward` and `reward_std` of the scores, `eos_rate`, `answer_tokens` on average, `reward_length_correlation`, all
+    but `eos_rate` over the answers that have a score; `kl` of an answer: the sum over its tokens of log π - log π_ref,
+    averaged over answers; `entropy` of a token: the mean of -log π over the tokens drawn; and `explained_variance`,
+    1 - Var(R - V) / Var(R) over tokens, where there are values.
     """
     scored = [rollout for rollout in rollouts if rollout.score is not None]
     pairs = [(float(len(r.answer_ids)), float(r.score or 0.0)) for r in scored]
@@ -45,7 +45,6 @@ def vital_signs(rollouts: Sequence[Rollout], batches: Sequence[RolloutBatch], me
         "eos_rate": ended / max(n, 1),
         "answer_tokens": x / max(m, 1),
         "reward_length_correlation": (xy / max(m, 1) - x * y / max(m, 1) ** 2) / spread if spread > 1e-12 else 0.0,
-        "failed": n - m,
     }
     returns_var = rr / max(t, 1) - (r / max(t, 1)) ** 2
     if any(bool(b.old_values.any()) for b in batches) and returns_var > 1e-12:

@@ -28,7 +28,7 @@ class Practice:
     def __init__(self, task: Task[C], cast: Cast, mesh: Mesh, minibatches: int = 1) -> None:
         config = task.config
         self.cast, self.mesh, self.minibatches = cast, mesh, minibatches
-        self.seed, self.budget = config.run.seed, config.run.microbatch_tokens
+        self.budget, self.failed = config.run.microbatch_tokens, 0
         self.stream = task.stream(mesh.rank, mesh.world)
         self.actor = Actor(cast.policy, task.tokenizer, task.template, config.rollout, config.run.seed, mesh)
         self.controller = KLController(config.kl.beta, config.kl.target, config.kl.horizon)
@@ -47,10 +47,12 @@ class Practice:
         with self.phases("rollout"):
             answered = self.actor.answer([prompt for _, prompt in self.stream.step(step)], step)
         with self.phases("scoring"):
+            failures = self.cast.reward.failures
             scores = self.cast.reward.score(answered)
+            self.failed = self.cast.reward.failures - failures
         self.rollouts = [replace(rollout, score=score) for rollout, score in zip(answered, scores, strict=True)]
         with self.phases("observing"):
-            arranged = arrange(self.rollouts, self.minibatches, self.budget, (self.seed, step), self.mesh)
+            arranged = arrange(self.rollouts, self.minibatches, self.budget, self.mesh)
             return [[observe(batch) for batch in minibatch] for minibatch in arranged]
 
     def metrics(
@@ -58,12 +60,13 @@ class Practice:
     ) -> dict[str, float]:
         """What there is to log of a step: vital signs, the updates' means, seconds by phase. Warns where it is unwell.
 
+        `failed` are the answers that the reward could not score; those that a rule leaves out are none of them.
         `updates` are the learner's, and `more` those of others by name, which becomes the prefix of their metrics.
         """
         # The update's first pass is the one that the old log-probs came from: any other ratio than 1 is our mistake.
         assert not updates or updates[0]["approx_kl"] == 0, f"the first ratio is not 1: {updates[0]['approx_kl']}"
         signs = vital_signs(self.rollouts, [b for minibatch in minibatches for b in minibatch], self.mesh)
-        found = averaged(updates) | signs | {"beta": self.controller.beta}
+        found = averaged(updates) | signs | {"failed": float(self.failed), "beta": self.controller.beta}
         for name, others in more.items():
             found |= averaged(others, f"{name}_")
         found.setdefault("tokens", found.pop("value_tokens", 0.0))

@@ -40,9 +40,9 @@ def open_task(config: C) -> Task[C]:
     config, start = begin(config)
     preflight(config)
     check_reward(config.reward)
-    check_positions(start.base, config.data.max_length)
     tokenizer = Tokenizer.load(start.words)
     template = ChatTemplate.open(config.model.template, tokenizer)
     longest = config.data.max_length - config.rollout.max_tokens
     data = prepare_prompts(config.data, config.evaluate, tokenizer, template, config.run.seed, longest)
+    check_positions(start.base, int(data.tokens.lengths.max(initial=0)) + config.rollout.max_tokens)
     return Task(config, start, tokenizer, template, data)
