@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from burnish.config import Settings
 from burnish.sampling.task import open_task
-from burnish.settings import ReinforcementSettings, RewardSettings
+from burnish.settings import OptimSettings, ReinforcementSettings, RewardSettings
 from burnish.types import RolloutBatch
 
 
@@ -50,6 +50,12 @@ class Config(ReinforcementSettings):
         default=False, description="Count the score one slot after the end token, which the value model learns as well."
     )
     value: ValueSettings = ValueSettings.model_construct()
+
+    @property
+    def value_optim(self) -> OptimSettings:
+        """The value model's optimizer: the policy's, but for the learning rate where it has one of its own."""
+        given = self.value.lr
+        return self.optim if given is None else self.optim.model_copy(update={"lr": given})
 
     @model_validator(mode="before")
     @classmethod
@@ -103,9 +109,7 @@ def main(config: Config) -> dict[str, Any]:
         assert value is not None
         updates, warmup = config.epochs * config.minibatches, config.value.warmup
         policy_learner = learner_of(cast.policy_parameters, config.optim, (task.steps - warmup) * updates, mesh)
-        value_lr = config.optim.lr if config.value.lr is None else config.value.lr
-        value_optim = config.optim.model_copy(update={"lr": value_lr})
-        value_learner = learner_of(cast.value_parameters, value_optim, task.steps * updates, mesh)
+        value_learner = learner_of(cast.value_parameters, config.value_optim, task.steps * updates, mesh)
         practice = Practice(task, cast, mesh, config.minibatches)
 
         # 3. What each token earned, and how much of it the value model did not expect; before any weight changes.
