@@ -115,12 +115,12 @@ def settings(world: Path, run: Path, more: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def train(method: str, world: Path, run: Path, **more: Any) -> Path:
+def train(method: str, world: Path, folder: Path, /, **more: Any) -> Path:
     """A run in this process, as its recipe makes it; its folder."""
     torch.set_num_threads(1)
     recipe = importlib.import_module(f"burnish.recipes.{method}")
-    recipe.main(build(recipe.Config, settings(world, run, more)))
-    return run
+    recipe.main(build(recipe.Config, settings(world, folder, more)))
+    return folder
 
 
 def lines(run: Path) -> list[dict[str, float]]:

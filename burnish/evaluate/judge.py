@@ -13,7 +13,6 @@ from burnish.evaluate.likelihood import held_out_loss
 from burnish.evaluate.tasks import accuracy, accuracy_by_task, answer_prompts, exact_match
 from burnish.evaluate.versus import Scorer, Versus, gold, has_gold
 from burnish.model.decoder import Decoder
-from burnish.sampling.scoring import RewardSource
 from burnish.settings import EvaluateSettings
 from burnish.types import Prompt, Text
 from burnish.types import Sequence as TokenSequence
@@ -117,10 +116,7 @@ def open_judge(task: "Task[Any]", cast: "Cast") -> Judge:
     judge = Judge(policy.model, policy.adapter, *text, [], prompts, config.evaluate, lengths)
     if prompts and has_gold(prompts):
         return judge.against(cast.reference)
-    reward = cast.reward  # asked apart: the counts that a run saves are those of training
-    return judge.against(
-        cast.reference, RewardSource(reward.scorer, reward.settings, reward.mesh).score, reward.scorer.name
-    )
+    return judge.against(cast.reference, cast.reward.measure, cast.reward.scorer.name)
 
 
 def grade(prompt: Prompt, answer: str) -> bool:

@@ -27,10 +27,12 @@ def vital_signs(rollouts: Sequence[Rollout], batches: Sequence[RolloutBatch], me
         *(sum(x * x for x, _ in pairs), sum(y * y for _, y in pairs), sum(x * y for x, y in pairs)),
     ]
     tokens = torch.zeros(7, dtype=torch.float64, device=mesh.device)
+    has_values = False
     for b in batches:
         counted = b.weights != 0
         gap = (b.old_log_probs - b.reference_log_probs).where(counted, 0.0)
         error, returns = (b.returns - b.old_values)[counted].double(), b.returns[counted].double()
+        has_values = has_values or bool(b.old_values[counted].any())
         parts = (counted.double(), gap.double(), -b.old_log_probs.where(counted, 0.0).double())
         tokens += torch.stack([p.sum() for p in (*parts, error, error**2, returns, returns**2)])
     known = torch.tensor(sums, dtype=torch.float64, device=mesh.device)
@@ -47,7 +49,7 @@ def vital_signs(rollouts: Sequence[Rollout], batches: Sequence[RolloutBatch], me
         "reward_length_correlation": (xy / max(m, 1) - x * y / max(m, 1) ** 2) / spread if spread > 1e-12 else 0.0,
     }
     returns_var = rr / max(t, 1) - (r / max(t, 1)) ** 2
-    if any(bool(b.old_values.any()) for b in batches) and returns_var > 1e-12:
+    if has_values and returns_var > 1e-12:
         signs["explained_variance"] = 1 - (ee / max(t, 1) - (e / max(t, 1)) ** 2) / returns_var
     return signs
 

@@ -55,13 +55,13 @@ class RewardSource:
 
         Every rank calls it. Raises ValueError when no answer of the step, on any rank, could be scored.
         """
-        raw = self.scorer(rollouts)
-        assert len(raw) == len(rollouts)
-        scores = [None if score is None or not math.isfinite(score) else float(score) for score in raw]
-        for score in raw:
-            if score is not None and not math.isfinite(score):
-                self.scorer.problem = f"{self.scorer.name} gave the score {score}"
+        scores = self._ask(rollouts)
         self._count(len(scores), scores.count(None))
+        return [self._settled(score, rollout.ended) for score, rollout in zip(scores, rollouts, strict=True)]
+
+    def measure(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        """The same for answers that nobody trains on: not counted, and no error when all of them fail."""
+        scores = self._ask(rollouts)
         return [self._settled(score, rollout.ended) for score, rollout in zip(scores, rollouts, strict=True)]
 
     def state(self) -> dict[str, Any]:
@@ -71,6 +71,15 @@ class RewardSource:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue the counts where `state` left them."""
         self.asked, self.failures = state["asked"], state["failures"]
+
+    def _ask(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        """What the source gives; None for what is not finite."""
+        raw = self.scorer(rollouts)
+        assert len(raw) == len(rollouts)
+        for score in raw:
+            if score is not None and not math.isfinite(score):
+                self.scorer.problem = f"{self.scorer.name} gave the score {score}"
+        return [None if score is None or not math.isfinite(score) else float(score) for score in raw]
 
     def _count(self, asked: int, failed: int) -> None:
         problem = self.scorer.problem if failed else None
