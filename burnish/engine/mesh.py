@@ -79,8 +79,8 @@ def open_mesh(device: str) -> Generator[Mesh]:
     place = torch.device("cuda", local) if name == "cuda" else torch.device("cpu")
     if name == "cuda":
         torch.cuda.set_device(place)
-    if world == 1:
-        yield Mesh(place)
+    if world == 1 or dist.is_initialized():  # by whoever holds one group over several runs: a second one in the same
+        yield Mesh(place, rank, world)  # processes would find the addresses of the first in the store, and hang
         return
     dist.init_process_group("nccl" if name == "cuda" else "gloo")
     try:

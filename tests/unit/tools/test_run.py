@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,9 +17,8 @@ import yaml
 from safetensors.torch import load_file
 
 from burnish.cli import main
-from burnish.config import ConfigError, build, parse
-from burnish.tools.run import Config, _check, read_stages
-from tests.tiny import forkserver, tiny_data, tiny_folder
+from tests.tiny import forkserver
+from tests.unit.pipelines.trees import all_recipes, base_folder, tree, written
 
 TIMES = ("seconds", "tokens_per_second", "memory_bytes")
 """What two equal runs may differ in."""
@@ -26,35 +26,7 @@ TIMES = ("seconds", "tokens_per_second", "memory_bytes")
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pipelines")
-    tiny_folder(folder / "model")
-    tiny_data(folder / "data.jsonl")
-    return folder
-
-
-def tree(base: Path, folder: Path, **stages: dict[str, Any]) -> dict[str, Any]:
-    """A pipeline of small stages: those given, or two of fine-tuning, the second on what the first left."""
-    given = stages or {"first": {}, "second": {"from": "first", "optim.lr": 0.02}}
-    return {
-        "folder": str(folder),
-        "shared": {
-            "model": {"path": str(base / "model")},
-            "data": {"path": str(base / "data.jsonl"), "max_length": 128},
-            "adapter": {"rank": 2},
-            "evaluate.fraction": 0.1,
-            "optim": {"lr": 0.01},
-            "run": {"steps": 3, "step_tokens": 128, "device": "cpu"},
-            "save": {"trackers": [], "every": 1},
-        },
-        "stages": {name: {"recipe": "sft", **own} for name, own in given.items()},
-    }
-
-
-def written(pipeline: dict[str, Any], place: Path) -> Path:
-    place.mkdir(parents=True, exist_ok=True)
-    path = place / "pipeline.yaml"
-    path.write_text(yaml.safe_dump(pipeline, sort_keys=False))
-    return path
+    return base_folder(tmp_path_factory.mktemp("pipelines"))
 
 
 def run(*words: str | Path) -> int:
@@ -213,12 +185,13 @@ def test_a_stage_that_fails_is_named_and_the_others_stay(
 # Killed and stopped.
 
 
-def pipeline_in_process(words: list[str], kill_in: str | None, at_call: int) -> None:
+def pipeline_in_process(words: list[str], kill_in: str | None, at_call: int, quiet: bool = True) -> None:
     """Run the pipeline in this process; with `kill_in`, end it by SIGKILL at the n-th call of that function."""
     torch.set_num_threads(1)
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)
-    os.dup2(sink, 2)
+    if quiet:
+        os.dup2(sink, 2)
     if kill_in is not None:
         module, _, name = kill_in.rpartition(":")
         owner: Any = __import__(module, fromlist=["_"])
@@ -234,6 +207,14 @@ def pipeline_in_process(words: list[str], kill_in: str | None, at_call: int) -> 
 
         setattr(target, last, deadly)
     raise SystemExit(main(["run", *words]))
+
+
+def ranked(path: Path, words: list[str], rank: int, port: int) -> None:
+    """One of two ranks, as torchrun would start it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.dup2(os.open(path.with_name(f"said.{rank}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    pipeline_in_process([str(path), *words], None, 0, quiet=False)
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +261,31 @@ def test_killed_while_it_runs_anew_nothing_is_lost(processes: Any, again: Path, 
     assert not list(out.glob("*.before-2"))
 
 
+def test_two_ranks_agree_on_what_there_is_to_do(processes: Any, base: Path, tmp_path: Path) -> None:
+    pipeline = tree(base, tmp_path / "out")
+    pipeline["shared"]["run"] |= {"microbatch_tokens": 64}
+    pipeline["shared"]["data"]["max_length"] = 64
+    path = written(pipeline, tmp_path)
+    said: list[list[str]] = []
+    for words in ([], ["stages.second.optim.lr=0.03"]):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        ranks = [processes.Process(target=ranked, args=(path, words, rank, port)) for rank in range(2)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(120)
+        assert [process.exitcode for process in ranks] == [0, 0]
+        main_rank, other = ((tmp_path / f"said.{rank}").read_text().splitlines() for rank in range(2))
+        said.append([line for line in main_rank if line.startswith("[") and "/2]" in line])
+        assert not [line for line in other if "/2]" in line]
+    assert "done before" in said[1][0]
+    assert "optim.lr (0.02 before, 0.03 now) changed" in said[1][1]
+    assert (tmp_path / "out" / "second.before-1").is_dir()
+    assert json.loads((tmp_path / "out" / "second" / "environment.json").read_text())["ranks"] == 2
+
+
 def test_asked_to_stop_it_saves_and_the_same_command_goes_on(base: Path, tmp_path: Path) -> None:
     pipeline = tree(base, tmp_path / "out", short={}, long={"run.steps": 100_000, "save.every": 0, "from": "short"})
     command = [sys.executable, "-m", "burnish", "run", str(written(pipeline, tmp_path))]
@@ -294,34 +300,6 @@ def test_asked_to_stop_it_saves_and_the_same_command_goes_on(base: Path, tmp_pat
     assert "burnish run: stage 'long': asked to stop, and saved at step" in err.splitlines()[-1]
     assert "the same command goes on from there" in err.splitlines()[-1]
     assert len(list((tmp_path / "out" / "long" / "checkpoints").iterdir())) == 1
-
-
-def all_recipes(base: Path, folder: Path) -> dict[str, Any]:
-    """Fine-tuning, then a reward model and reinforcement, and DPO beside them, in as few steps as possible."""
-    answers = "".join(
-        json.dumps({"prompt": f"say {i}", "chosen": f"{i} is what I say", "rejected": "no " * (1 + i % 3)}) + "\n"
-        for i in range(30)
-    )
-    (base / "pairs.jsonl").write_text(answers)
-    pairs = {"path": str(base / "pairs.jsonl")}
-    pipeline = tree(
-        base,
-        folder,
-        sft={"run.steps": 40, "optim.lr": 0.03},  # until some answers end by themselves
-        reward={"recipe": "reward", "from": "sft", "data": pairs},
-        ppo={
-            "recipe": "ppo",
-            "from": "sft",
-            "reward.path": "reward",
-            "data": pairs,
-            "rollout": {"prompts": 12, "max_tokens": 20},
-            "minibatches": 2,
-            "evaluate": {"prompts": 3, "max_tokens": 6},
-        },
-        dpo={"recipe": "dpo", "from": "sft", "data": pairs, "beta": 0.5, "evaluate": {"prompts": 3, "max_tokens": 6}},
-    )
-    pipeline["shared"]["run"]["steps"] = 2
-    return pipeline
 
 
 def test_a_pipeline_of_all_kinds_killed_in_reinforcement_goes_on_bit_for_bit(
@@ -356,129 +334,3 @@ def test_a_pipeline_of_all_kinds_killed_in_reinforcement_goes_on_bit_for_bit(
     assert stages["ppo"]["from"] == {"from": "sft", "reward.path": "reward"}
     assert stages["ppo"]["left"].keys() == {"adapter", "value"}
     assert "eval_win_rate" in after[2]["metrics"]
-
-
-# What is read.
-
-
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[3] / "examples").glob("*.yaml")), ids=lambda path: path.stem
-)
-def test_every_example_is_read_and_its_stages_follow_each_other(path: Path) -> None:
-    config = parse(Config, [str(path)])
-    stages = read_stages(config)
-    assert config.folder == f"runs/{path.stem}"
-    assert f"burnish run examples/{path.name}" in path.read_text().splitlines()[0]
-    for stage in stages:
-        _check(stage)
-    assert [stage.references.get("from") is None for stage in stages] == [True, *[False] * (len(stages) - 1)]
-    assert [stage.recipe for stage in stages] == {
-        "sft-dpo": ["sft", "dpo"],
-        "qlora-dpo": ["sft", "dpo"],
-        "sft-lora-dpo": ["sft", "sft", "dpo"],
-        "sft-reward-ppo": ["sft", "reward", "ppo"],
-    }[path.stem]
-
-
-def stages_of(base: Path, folder: Path, **stages: Any) -> dict[str, Any]:
-    return {stage.name: stage for stage in read_stages(build(Config, tree(base, folder, **stages)))}
-
-
-def test_a_stages_own_settings_count_more_than_shared_ones_and_names_become_folders(base: Path, tmp_path: Path) -> None:
-    found = stages_of(base, tmp_path, a={}, b={"from": "a", "optim": {"lr": 0.5}, "evaluate.general": "none"})
-    assert found["a"].config.optim.lr == 0.01
-    assert found["b"].config.optim.lr == 0.5
-    assert found["b"].config.evaluate.general is None
-    assert found["b"].config.from_ == str(tmp_path / "a")
-    assert found["b"].config.run.folder == str(tmp_path / "b")
-    assert found["b"].config.run.steps == 3
-    assert found["a"].config.model.path == str(base / "model")
-    assert "path" not in found["b"].config.model.model_fields_set
-
-
-def test_a_reward_is_a_stage_too_and_a_path_is_a_path(base: Path, tmp_path: Path) -> None:
-    ppo = {"recipe": "ppo", "from": "sft", "reward": {"path": "rm"}, "data.max_length": 128, "rollout.max_tokens": 16}
-    stages = {"sft": {}, "rm": {"recipe": "reward", "from": "sft"}, "ppo": ppo, "again": {"from": str(tmp_path)}}
-    found = stages_of(base, tmp_path, **stages)
-    assert found["ppo"].config.reward.path == str(tmp_path / "rm")
-    assert dict(found["ppo"].references) == {"from": "sft", "reward.path": "rm"}
-    assert found["again"].references == {}
-
-
-@pytest.mark.parametrize(
-    ("stages", "message"),
-    [
-        ({"a": {}, "b": {"from": "aa"}}, r"stage 'b': from: there is no stage and no folder 'aa'; did you mean 'a'\?"),
-        ({"b": {"from": "a"}, "a": {}}, "stage 'b': from=a is a later stage: move it above"),
-        ({"b": {"from": "a"}, "a": {"from": "b"}}, "stage 'b': from=a is and 'a' needs this stage|from=a .* a circle"),
-        ({"b": {"from": "b"}}, "stage 'b': from=b is this stage itself"),
-        ({"a": {"recipe": "sfft"}}, r"stage 'a': there is no recipe 'sfft'; did you mean 'sft'\?"),
-        ({"a": {"optim.lrr": 1}}, r"stage 'a': unknown key 'optim.lrr'; did you mean 'optim.lr'\?"),
-        ({"a": {"optim.lr": "fast"}}, "stage 'a': 'optim.lr' should be float"),
-        ({"a": {"optim": 3}}, "stage 'a': 'optim' is a group of settings"),
-        ({"a": {"run.folder": "x"}}, "stage 'a': run.folder is for the pipeline to say"),
-        ({"a": {"save.resume": True}}, "stage 'a': save.resume is for the pipeline to say"),
-        ({"a/b": {}}, "stage 'a/b': a stage's name is its folder's"),
-        ({"sft": {}, "r": {"recipe": "reward"}, "x": {"from": "r"}}, "stage 'x': from=r is a reward model"),
-        (
-            {"sft": {}, "x": {"recipe": "ppo", "reward.path": "sft", "rollout.max_tokens": 9}},
-            "stage 'x': reward.path=sft is a stage of recipe sft, not reward",
-        ),
-        ({"a": {"recipe": None}}, "stage 'a': there is no recipe 'None'"),
-    ],
-)
-def test_mistakes_name_the_stage(base: Path, tmp_path: Path, stages: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
-        stages_of(base, tmp_path, **stages)
-    assert "\n" not in str(caught.value)
-
-
-def test_mistakes_of_the_file_as_a_whole(base: Path, tmp_path: Path) -> None:
-    pipeline = tree(base, tmp_path)
-    cases = [
-        (
-            {"shared": {"optm": {"lr": 1}}},
-            r"shared: no stage's recipe has the setting 'optm.lr'; did you mean 'optim.lr'",
-        ),
-        (
-            {"stages": {**pipeline["stages"], "secnd": {"beta": 1}}},
-            "'secnd': it has no recipe.*did you mean stage 'second'",
-        ),
-        ({"stages": {"a": "sft"}}, "stage 'a': it has no recipe: write recipe: .*sft"),
-        ({"stages": {}}, "a pipeline has stages: write"),
-        ({"stage": 1}, "unknown key 'stage'; did you mean 'stages'"),
-    ]
-    for change, message in cases:
-        with pytest.raises(ConfigError, match=message) as caught:
-            read_stages(build(Config, {**pipeline, **change}))
-        assert "\n" not in str(caught.value)
-
-
-def test_mistakes_come_before_torch_and_before_anything_runs(base: Path, tmp_path: Path) -> None:
-    good = tree(base, tmp_path / "out")
-    changes: list[dict[str, Any]] = [
-        {"recipe": "sft", "from": "frst"},
-        {"recipe": "sft", "from": "first", "data.path": str(tmp_path / "missing.jsonl")},
-        {"recipe": "sft", "from": "first", "evaluate.general": "missing.txt"},
-        {"recipe": "sft", "model.path": str(tmp_path / "missing")},
-        {"recipe": "sft", "from": str(tmp_path / "missing")},
-        {"recipe": "sft", "from": "first", "save.trackers": ["wandb"]},
-    ]
-    files = [
-        written({**good, "stages": {**good["stages"], "second": change}}, tmp_path / str(i))
-        for i, change in enumerate(changes)
-    ]
-    script = (
-        "import sys; from burnish.cli import main\n"
-        f"for path in {[str(file) for file in files]!r}:\n"
-        "    assert main(['run', path]) in (1, 2)\n"
-        "    assert 'torch' not in sys.modules, path\n"
-        "assert main(['run', '--help']) == 0\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == len(changes)
-    assert all(line.startswith("burnish run: stage 'second': ") for line in lines), lines
-    assert "stages.dpo.beta=0.2" in done.stdout
-    assert not (tmp_path / "out").exists()
