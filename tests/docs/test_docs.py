@@ -55,6 +55,11 @@ QUICK = {
         "save.trackers=[]",
         "run.steps=2",
     ),
+    "dpo": (
+        "run.device=cpu run.step_tokens=512 run.microbatch_tokens=512 data.max_length=256 data.limit=20 "
+        "save.trackers=[]",
+        "run.steps=2",
+    ),
     "reward": (
         "run.device=cpu run.step_tokens=1024 run.microbatch_tokens=1024 data.max_length=512 data.limit=20 "
         "save.trackers=[]",
