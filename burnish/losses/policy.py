@@ -75,7 +75,7 @@ def value_loss(
     (V_t − R_t)².
     """
     values_T, old_values_T, returns_T = scored(weights_T, values_T, old_values_T, returns_T)
-    near_T = old_values_T + (values_T - old_values_T).clamp(-clip, clip)
+    near_T = values_T.clamp(old_values_T - clip, old_values_T + clip)  # within the limits V itself, to the last bit
     free_T, clipped_T = (values_T - returns_T).square(), (near_T - returns_T).square()
     return (weights_T * torch.maximum(free_T, clipped_T)).sum() / 2, {
         "value_clip_fraction": (weights_T * (clipped_T > free_T)).sum(),
