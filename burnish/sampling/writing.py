@@ -19,7 +19,7 @@ from burnish.types import Sequence as TokenSequence
 
 REFILL_SHARE = 1 / 8
 """Finished slots wait until they are such a share of all: prompts are cheaper read together."""
-PREFILL_TOKENS = 16_384
+PREFILL_TOKENS = 8_192
 """Prompts are read at most so many tokens at a time."""
 STRIDE = 8
 """Steps between two looks at what a GPU has written: each look makes the host wait for it."""

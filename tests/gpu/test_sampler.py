@@ -68,7 +68,7 @@ def test_graphs_write_the_same_tokens(tmp_path, prompts, replays, architecture, 
     eager = Sampler(model, 8, graphs=False).write(prompts, sampling, "lora", SEEDS)
     assert not replays
     if sampling.temperature:  # a random model's most likely tokens seldom end an answer
-        assert len({len(one.ids) for one in eager}) > 3
+        assert len({len(one.ids) for one in eager}) > 1
     assert Sampler(model, 8).write(prompts, sampling, "lora", SEEDS) == eager
     assert len(replays) > 3
     assert max(replays.values()) > 20
