@@ -33,10 +33,10 @@ TEMPLATE = (
 )
 
 
-def letters_folder(path: Path, seed: int = 0, **overrides: Any) -> Path:
+def letters_folder(path: Path, architecture: str = "LlamaForCausalLM", seed: int = 0, **overrides: Any) -> Path:
     """A model folder whose one token a word is a letter, or `.`, which ends an answer."""
     shape = {"vocab_size": END + 1, "num_hidden_layers": 1, "eos_token_id": END, "pad_token_id": None}
-    tiny_folder(path, seed=seed, **{**shape, **overrides})
+    tiny_folder(path, architecture, seed, **{**shape, **overrides})
     words = Words(models.WordLevel({letter: i for i, letter in enumerate(LETTERS + ".")}, unk_token="a"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.save(str(path / "tokenizer.json"))
