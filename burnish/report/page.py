@@ -107,18 +107,17 @@ def _outcome(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
 
 
 def _wins(runs: Sequence[RunFolder], names: Sequence[str]) -> list[str]:
-    """What learning from preferences brought, for each run that was measured against where it started."""
+    """What learning from preferences brought: how often runs win against the one that they started from."""
     rows = [run.row for run in runs]
-    found: list[str] = []
+    found: dict[str, list[str]] = {}
     for row, name in zip(rows, names, strict=True):
         if (rate := row.get("metrics", {}).get("eval_win_rate")) is None:
             continue
-        index = start(rows, row)
+        index, kl = start(rows, row), row["metrics"].get("eval_kl")
         rival = names[index] if index is not None else row.get("from", "the base")
-        kl = row["metrics"].get("eval_kl")
-        moved = "" if kl is None else f", {decimal(kl, 2)} nats away from it"
-        found.append(f"{name} beats {rival} on {percent(rate)} of held-out prompts, ties half{moved}.")
-    return found
+        far = "" if kl is None else f" ({decimal(kl, 2)} nats away)"
+        found.setdefault(rival, []).append(f"{name} wins {percent(rate)}{far}")
+    return [f"Against {rival}, on held-out prompts, ties half: {listing(wins)}." for rival, wins in found.items()]
 
 
 def _more(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
