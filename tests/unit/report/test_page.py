@@ -164,8 +164,8 @@ def test_the_page_of_learning_from_preferences(tmp_path: Path) -> None:
         "4 runs from the embedded base (3.41M parameters) on the embedded data, on cpu (2 threads).",
         "Accuracy on held-out prompts of seen families: 0.8% before; 82.0% with LoRA, 82.0% with LoRA + DPO and 82.0% "
         "with LoRA + PPO.",
-        "Against LoRA, on held-out prompts, ties half: LoRA + DPO wins 63.0% (3.21 nats away) and LoRA + PPO wins 61.5% "
-        "(1.24 nats away).",
+        "Against LoRA, on held-out prompts, ties half: LoRA + DPO wins 63.0% (3.21 nats away) and LoRA + PPO wins "
+        "61.5% (1.24 nats away).",
     ]
     rows = [" ".join(text.split()) for text in read.texts["tr"]]
     assert "length_correlation – −0.31 −0.31 –" in rows
