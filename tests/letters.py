@@ -34,14 +34,17 @@ TEMPLATE = (
 
 
 def letters_folder(path: Path, architecture: str = "LlamaForCausalLM", seed: int = 0, **overrides: Any) -> Path:
-    """A model folder whose one token a word is a letter, or `.`, which ends an answer."""
+    """A model folder whose tokens are letters, and `.`, which ends an answer; not so with eos_token_id=None."""
     shape = {"vocab_size": END + 1, "num_hidden_layers": 1, "eos_token_id": END, "pad_token_id": None}
     tiny_folder(path, architecture, seed, **{**shape, **overrides})
     words = Words(models.WordLevel({letter: i for i, letter in enumerate(LETTERS + ".")}, unk_token="a"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.save(str(path / "tokenizer.json"))
     (path / "chat_template.jinja").write_text(TEMPLATE)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "."}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "." if "eos_token_id" not in overrides else None,
+    }
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path
 
