@@ -78,11 +78,11 @@ def curve(method: str, beta: float, world: Path, run: Path, monkeypatch: pytest.
             method,
             world,
             run,
-            rollout={"prompts": 1, "samples": 64, "max_tokens": 3, "slots": 64},
+            rollout={"prompts": 1, "samples": 48, "max_tokens": 3, "slots": 48},
             reward={"function": f"{__file__}:proxy"} | ({"missing_eos": "none"} if method == "ppo" else {}),
             kl={"beta": beta},
             optim={"lr": 0.005, "schedule": "linear"},
-            run={"steps": 30, "microbatch_tokens": 512, "step_tokens": 512},
+            run={"steps": 24, "microbatch_tokens": 512, "step_tokens": 512},
             **METHODS[method],
         )
     return found

@@ -182,7 +182,6 @@ def poisoned(batch: RolloutBatch, poison: float) -> RolloutBatch:
     return replace(batch, **{name: getattr(batch, name).where(~where, poison) for name, where in columns.items()})
 
 
-@pytest.mark.parametrize("poison", [float("nan"), 1e9])
 @pytest.mark.parametrize(
     ("method", "more"),
     [
@@ -195,22 +194,26 @@ def poisoned(batch: RolloutBatch, poison: float) -> RolloutBatch:
     ],
 )
 def test_what_stands_at_masked_positions_changes_nothing(
-    method: str, more: dict[str, Any], poison: float, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, more: dict[str, Any], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clean = train(method, world, tmp_path / "clean", **more)
     step, experienced = Learner.step, Practice.experience
 
-    def poisoned_step(learner: Learner, microbatches: Any, objective: Any, count: Any) -> dict[str, float]:
-        return step(learner, [poisoned(batch, poison) for batch in microbatches], objective, count)
+    for poison in (float("nan"), 1e9):
 
-    def poisoned_experience(*arguments: Any) -> experience.Minibatches:
-        return [[poisoned(batch, poison) for batch in part] for part in experienced(*arguments)]
+        def poisoned_step(
+            learner: Learner, microbatches: Any, objective: Any, count: Any, poison: float = poison
+        ) -> dict[str, float]:
+            return step(learner, [poisoned(batch, poison) for batch in microbatches], objective, count)
 
-    monkeypatch.setattr(Learner, "step", poisoned_step)
-    monkeypatch.setattr(Practice, "experience", poisoned_experience)
-    dirty = train(method, world, tmp_path / "dirty", **more)
-    assert lines(dirty) == lines(clean)
-    assert all(torch.equal(tensor, trained(clean)[name]) for name, tensor in trained(dirty).items())
+        def poisoned_experience(*arguments: Any, poison: float = poison) -> experience.Minibatches:
+            return [[poisoned(batch, poison) for batch in part] for part in experienced(*arguments)]
+
+        monkeypatch.setattr(Learner, "step", poisoned_step)
+        monkeypatch.setattr(Practice, "experience", poisoned_experience)
+        dirty = train(method, world, tmp_path / str(poison), **more)
+        assert lines(dirty) == lines(clean)
+        assert all(torch.equal(tensor, trained(clean)[name]) for name, tensor in trained(dirty).items())
 
 
 # Answers without a score
@@ -267,11 +270,10 @@ def test_a_step_in_which_all_answers_are_cut_stops_the_run(method: str, world: P
 
 # Kills
 
-STEPS = 5
+STEPS = 4
 TIMES = ("seconds", "tokens_per_second", "memory_bytes")
 KEPT = ("states", "steps_taken", "num_tokens", "eval_loss", "step")
 METHOD: dict[str, Any] = {
-    "epochs": 2,
     "minibatches": 2,
     "run": {"steps": STEPS, "microbatch_tokens": 64, "step_tokens": 64, "device": "cpu"},
     "rollout": {"prompts": 4, "samples": 3, "max_tokens": 6},
@@ -350,9 +352,9 @@ def uninterrupted(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     ("kill_in", "at"),
     [
         ("burnish.model.decoder:Decoder.decode", 3),  # answering in the verdict before training
-        ("burnish.model.decoder:Decoder.decode", 40),  # in a rollout, half an answer written
-        ("burnish.sampling.reward_function:FunctionScorer._ask", 30),  # in scoring, some answers scored
-        ("burnish.losses.policy:value_loss", 15),  # the policy is updated, the value model not yet
+        ("burnish.model.decoder:Decoder.decode", 26),  # in a rollout, half an answer written
+        ("burnish.sampling.reward_function:FunctionScorer._ask", 22),  # in scoring, some answers scored
+        ("burnish.losses.policy:value_loss", 6),  # the policy is updated, the value model not yet
         ("burnish.engine.checkpoints:save_file", 5),  # in the second save, half of its files written
         ("burnish.engine.checkpoints:prune", 1),  # saved, not yet pruned
         ("burnish.model.adapter_files:save_file", 2),  # the policy is written, the value model not
@@ -369,7 +371,7 @@ def test_killed_at_a_point_and_continued(
 
 def test_killed_again_and_again_at_any_moment(world: Path, uninterrupted: Path, tmp_path: Path) -> None:
     run, moments = tmp_path / "run", random.Random(0)
-    for _ in range(3):
+    for _ in range(2):
         finish(run, world, True, after=moments.uniform(0.3, 1.5))
     assert finish(run, world, True) == 0
     assert_same(run, uninterrupted)
@@ -385,7 +387,6 @@ def test_the_other_recipes_go_on_from_a_checkpoint(method: str, world: Path, tmp
     config = (parted / "config.yaml").read_text()
     (parted / "config.yaml").write_text(config.replace(str(whole), str(parted)))
     shutil.rmtree(parted / f"checkpoints/step-{STEPS:08d}")
-    shutil.rmtree(parted / "checkpoints/step-00000004")
     (parted / "after.json").unlink()
     train(method, world, parted, **{**more, "save": {**METHOD["save"], "resume": True}})
     assert_same(parted, whole)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settled(world: Path, more: dict[str, Any]) -> dict[str, Any]:
     """The settings with their folders in full, and a number of prompts that two ranks cannot share evenly."""
-    found = {"rollout": {"prompts": 5, "samples": 2, "max_tokens": 6}, **more}
+    found = {"rollout": {"prompts": 5, "samples": 2, "max_tokens": 6}, "save": {"every": 1, "trackers": []}, **more}
     if "from" in more:
         found["from"] = str(world / more["from"])
     if "path" in more.get("reward", {}):
@@ -92,10 +93,23 @@ def settled(world: Path, more: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(scope="module")
+def two_ranks(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A run of each kind on two ranks, made once."""
+    folder = tmp_path_factory.mktemp("two")
+
+    def made(kind: str) -> Path:
+        method, more = KINDS[kind]
+        place = folder / kind.replace(",", "").replace(" ", "-")
+        return place if place.exists() else run(method, world, place, settled(world, more), 2)
+
+    return made
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_do_what_one_does(kind: str, world: Path, tmp_path: Path) -> None:
+def test_two_ranks_do_what_one_does(kind: str, world: Path, tmp_path: Path, two_ranks: Callable[[str], Path]) -> None:
     method, more = KINDS[kind]
-    one, two = (run(method, world, tmp_path / str(ranks), settled(world, more), ranks) for ranks in (1, 2))
+    one, two = run(method, world, tmp_path / "one", settled(world, more), 1), two_ranks(kind)
     assert written(two, 2) == written(one, 1)
     assert_close(two, one)
     assert any(name.startswith("value.") for name in trained(two)) == (method == "ppo")
@@ -103,15 +117,14 @@ def test_two_ranks_do_what_one_does(kind: str, world: Path, tmp_path: Path) -> N
         assert lines(two)[0]["failed"] > 0
 
 
-def test_two_ranks_go_on_where_they_stopped(world: Path, tmp_path: Path) -> None:
+def test_two_ranks_go_on_where_they_stopped(world: Path, tmp_path: Path, two_ranks: Callable[[str], Path]) -> None:
     method, more = KINDS["ppo"]
-    more = settled(world, more) | {"save": {"every": 1, "keep": 9, "trackers": []}, "optim": {"lr": 0.003}}
-    whole = run(method, world, tmp_path / "whole", more, 2)
-    parted = tmp_path / "parted"
+    whole, parted = two_ranks("ppo"), tmp_path / "parted"
     shutil.copytree(whole, parted)
     (parted / "config.yaml").write_text((parted / "config.yaml").read_text().replace(str(whole), str(parted)))
     shutil.rmtree(parted / "checkpoints/step-00000002")
     (parted / "after.json").unlink()
+    more = settled(world, more)
     run(method, world, parted, {**more, "save": {**more["save"], "resume": True}}, 2)
     assert lines(parted) == lines(whole)
     assert all(torch.equal(tensor, trained(whole)[name]) for name, tensor in trained(parted).items())
