@@ -1,5 +1,5 @@
-"""Fine-tune the embedded base with full, LoRA and QLoRA weights, go on with DPO and with a reward model and PPO, and compare;
-on any machine in minutes."""
+"""Fine-tune the embedded base with full, LoRA and QLoRA weights, go on with DPO and with a reward model and PPO, and
+compare them all; on any machine in minutes."""
 
 import contextlib
 import io

@@ -171,7 +171,7 @@ def test_rows_that_compare_answers_are_that_whatever_else_they_hold():
     with pytest.raises(ValueError, match=r"row 1: the data reads as judged, which needs .*`label` \(true or false\)"):
         recognise([judged, {"prompt": "a", "completion": "b"}])
     ranked = FORMATS["ranked_answers"].sample
-    with pytest.raises(ValueError, match="data.format=prompt_chosen_rejected or data.format=ranked_answers"):
+    with pytest.raises(ValueError, match=r"data\.format=prompt_chosen_rejected or data\.format=ranked_answers"):
         recognise([{**pair, **ranked}])
     assert recognise([{"prompt": "a", "answers": ["b", "c"]}]) == "prompt"  # nothing says which is better
 
