@@ -163,8 +163,8 @@ def main(config: Config) -> dict[str, Any]:
             found = evaluate_objective(model, held_out, method(held_out), count) if held_out else {}
             return {f"eval_{name}": value for name, value in by_kind(found).items()}
 
-        def verdict() -> dict[str, Any]:
-            found = judge.verdict()
+        def verdict(before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+            found = judge.verdict(before)
             return found | {"metrics": preferences() | found["metrics"]}
 
         with Run(config, [learner], model, steps, stream.fingerprint) as run:
@@ -175,7 +175,7 @@ def main(config: Config) -> dict[str, Any]:
                 run.log(by_kind(learner.step(batches, method(batches), count)))
                 if config.evaluate.every and (step + 1) % config.evaluate.every == 0:
                     run.log_evaluation(preferences() | judge.losses())
-            after = run.once("after", verdict)
+            after = run.once("after", lambda: verdict(before))
 
             # 6. What is left of it: a model or an adapter folder, the table, the page.
             save_trained(learner, model, run.folder, start, config, tokenizer, template)

@@ -27,6 +27,7 @@ from burnish.engine.mesh import Mesh
 from burnish.engine.reference import asked
 from burnish.engine.roles import Role
 from burnish.engine.start import Start
+from burnish.evaluate import judge
 from burnish.losses import preference
 from burnish.losses.preference import Options, pairs_of, preference_loss
 from burnish.model.checkpoint import load_model
@@ -275,8 +276,11 @@ def test_swapped_labels_mirror_the_gradient(folder):
     [("adapter.dropout=0.2", "evaluate.every=2"), ("model.storage=full",), ("loss=kto", "reference=cached")],
     ids=["lora", "full", "kto"],
 )
-def test_a_run_goes_on_where_it_stopped(folder, tmp_path, more):
+def test_a_run_goes_on_where_it_stopped(folder, tmp_path, more, monkeypatch):
+    monkeypatch.setattr(judge, "has_gold", lambda prompts: True)
+    monkeypatch.setattr(judge, "gold", lambda answers: [float(sum(answer.answer_ids)) for answer in answers])
     small = ["run.microbatch_tokens=128", "run.step_tokens=256", "save.every=2", "run.steps=4", *more]
+    small += ["evaluate.prompts=3", "evaluate.max_tokens=8"]
     for name in ("whole", "parted"):
         assert main(words(folder, tmp_path / name, *small)) == 0
     parted = tmp_path / "parted"
@@ -285,6 +289,9 @@ def test_a_run_goes_on_where_it_stopped(folder, tmp_path, more):
     shutil.rmtree(reference_folder(), ignore_errors=True)  # it is asked again, and is still what training began with
     assert main(words(folder, parted, *small, "save.resume=true")) == 0
     assert lines(parted) == lines(tmp_path / "whole")
+    worth, whole = (json.loads((tmp_path / name / "after.json").read_text())["metrics"] for name in ("parted", "whole"))
+    assert worth == whole
+    assert more != ("model.storage=full",) or whole["eval_win_rate"] != 0.5  # it is told apart from what it was
     ours, expected = (
         load_file(tmp_path / name / "checkpoints" / "step-00000004" / "weights.safetensors")
         for name in ("parted", "whole")
