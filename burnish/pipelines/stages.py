@@ -22,7 +22,8 @@ from burnish.engine.trackers import check_trackers
 from burnish.model.families import find_model, read_config
 from burnish.pipelines.lineage import contents
 from burnish.report.settings import flat
-from burnish.settings import TrainingSettings
+from burnish.sampling.scoring import check_reward
+from burnish.settings import ReinforcementSettings, TrainingSettings
 
 NOISE = {"run.folder", "save.resume", "save.every", "save.keep", "save.log_every", "save.trackers"}
 """Settings that do not change what a stage comes to."""
@@ -162,6 +163,8 @@ def _references(draft: _Draft, drafts: Mapping[str, _Draft]) -> dict[str, str]:
         group, _, last = key.rpartition(".")
         if key != "from" and (last != "path" or group in ("", "model", "data", "evaluate")):
             continue
+        if isinstance(value, list | dict):
+            continue  # not a name: the recipe's own validation says so
         if value in drafts:
             found[key] = str(value)
         elif value is not None and "/" not in str(value) and not Path(str(value)).exists() and value != "embedded":
@@ -207,6 +210,8 @@ def check_stage(stage: Stage) -> None:
     check_device(config.run.device)
     check_text(config.evaluate.general)
     check_trackers(config.save.trackers)
+    if isinstance(config, ReinforcementSettings) and "reward.path" not in stage.references:
+        check_reward(config.reward)
     if config.from_ is None:
         read_config(find_model(config.model.path, config.model.revision))
     elif "from" not in stage.references and not Path(config.from_).exists():

@@ -86,6 +86,7 @@ def test_a_reward_is_a_stage_too_and_a_path_is_a_path(base: Path, tmp_path: Path
             "stage 'x': reward.path=sft is a stage of recipe sft, not reward",
         ),
         ({"a": {"recipe": None}}, "stage 'a': there is no recipe 'None'"),
+        ({"a": {}, "b": {"from": ["a"]}}, "stage 'b': 'from' should be"),
     ],
 )
 def test_mistakes_name_the_stage(base: Path, tmp_path: Path, stages: dict[str, Any], message: str) -> None:
@@ -123,6 +124,8 @@ def test_mistakes_come_before_torch_and_before_anything_runs(base: Path, tmp_pat
         {"recipe": "sft", "from": "first", "evaluate.general": "missing.txt"},
         {"recipe": "sft", "model.path": str(tmp_path / "missing")},
         {"recipe": "sft", "from": str(tmp_path / "missing")},
+        {"recipe": "ppo", "from": "first", "reward.function": "missing.py:score", "rollout.max_tokens": 9},
+        {"recipe": "ppo", "from": "first", "reward.path": str(tmp_path / "missing"), "rollout.max_tokens": 9},
         {"recipe": "sft", "from": "first", "save.trackers": ["wandb"]},
     ]
     files = [
