@@ -329,6 +329,12 @@ class ReinforcementSettings(TrainingSettings):
                 f"adapter.dropout={self.adapter.dropout}: with dropout the policy that is updated is not the one that "
                 "answered; leave it out"
             )
+        answers = self.rollout.prompts * self.rollout.samples
+        if self.kl.target is not None and answers >= 5 * self.kl.horizon:  # a step takes up to 0.2 answers / horizon
+            raise ValueError(
+                f"kl.horizon={self.kl.horizon} is too short for {answers} answers a step: one step could take all of "
+                f"kl.beta, or more; write kl.horizon={answers} or more"
+            )
         if self.data.max_length <= self.rollout.max_tokens:
             raise ValueError(
                 f"data.max_length={self.data.max_length} leaves no room for a prompt before an answer of "

@@ -88,6 +88,11 @@ def main(config: Config) -> dict[str, Any]:
     # 1. Prompts, and whatever can be wrong before torch is loaded.
     task = open_task(config)
     config = task.config
+    if 0 < task.steps <= config.value.warmup:
+        raise ValueError(
+            f"value.warmup={config.value.warmup} takes all {task.steps} steps, and the policy would learn nothing: "
+            "write a smaller one, or more run.steps"
+        )
 
     import torch
 

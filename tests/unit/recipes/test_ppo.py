@@ -182,6 +182,11 @@ def test_it_warms_up_alone(world: Path, tmp_path: Path, opened: list[cast.Cast])
     assert not any(tensor.any() for name, tensor in checkpoint.items() if name.endswith("policy.B"))
 
 
+def test_a_warm_up_that_takes_all_steps_is_refused(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="value.warmup=2 takes all 2 steps"):
+        train("ppo", world, tmp_path / "run", value={"warmup": 2}, run={"steps": 2})
+
+
 # The reference
 
 
