@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from burnish.config import Settings
-from burnish.sampling.task import open_task
+from burnish.sampling.task import Task, open_task
 from burnish.settings import OptimSettings, ReinforcementSettings, RewardSettings
 from burnish.types import RolloutBatch
 
@@ -87,12 +87,7 @@ def main(config: Config) -> dict[str, Any]:
     """Trains and evaluates; gives the run's row of results, which is also in results.json of its folder."""
     # 1. Prompts, and whatever can be wrong before torch is loaded.
     task = open_task(config)
-    config = task.config
-    if 0 < task.steps <= config.value.warmup:
-        raise ValueError(
-            f"value.warmup={config.value.warmup} takes all {task.steps} steps, and the policy would learn nothing: "
-            "write a smaller one, or more run.steps"
-        )
+    config = checked(task)
 
     import torch
 
@@ -168,3 +163,14 @@ def main(config: Config) -> dict[str, Any]:
             save_value(cast, run.folder / "value", task, value_learner)
             method = method_name(config.model.storage, config.adapter.kind, "PPO")
             return finish(run, run.folder, method, before, after)
+
+
+def checked(task: Task[Config]) -> Config:
+    """The task's settings. Raises ValueError where the value model's warm-up leaves the policy no step."""
+    warmup, steps = task.config.value.warmup, task.steps
+    if 0 < steps <= warmup:
+        raise ValueError(
+            f"value.warmup={warmup} takes all {steps} steps, and the policy would learn nothing: write a smaller one, "
+            "or more run.steps"
+        )
+    return task.config

@@ -183,7 +183,7 @@ def test_it_warms_up_alone(world: Path, tmp_path: Path, opened: list[cast.Cast])
 
 
 def test_a_warm_up_that_takes_all_steps_is_refused(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="value.warmup=2 takes all 2 steps"):
+    with pytest.raises(ValueError, match=r"value\.warmup=2 takes all 2 steps"):
         train("ppo", world, tmp_path / "run", value={"warmup": 2}, run={"steps": 2})
 
 
