@@ -123,7 +123,7 @@ class Run:
             last, stop = self.step == self.total_steps, self.mesh.any(self._signal is not None)
             if last or stop or self._improved() or (self.save.every and self.step % self.save.every == 0):
                 self.checkpoint()
-            if stop and not last:
+            if stop:
                 raise Stopped(
                     f"asked to stop, and saved at step {self.step} of {self.total_steps}; "
                     f"go on with the same command and save.resume=true"

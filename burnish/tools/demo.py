@@ -55,8 +55,8 @@ SHARED: dict[str, Any] = {
     "save": {"every": 0},
 }
 
-QUICK: dict[str, Any] = {"run": {"steps": 4}, "evaluate": {"prompts": 24, "general": None}}
-"""A few steps, and few questions."""
+QUICK: dict[str, Any] = {"run": {"steps": 4}, "evaluate": {"prompts": 24, "general": None}, "data": {"limit": 300}}
+"""A few steps, few rows and few questions."""
 QUICK_ROLLOUT: dict[str, Any] = {"rollout": {"prompts": 8, "max_tokens": 16, "stop": ["a", "e", "i"]}}
 """After a few steps of SFT no answer ends with its end token, which PPO would refuse."""
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from burnish.cli import main
 from burnish.engine.preflight import cuda_device_count
 from burnish.model.families import EMBEDDED
+from burnish.tools.demo import STAGES
 
 
 @pytest.fixture(scope="module")
@@ -103,17 +104,19 @@ def test_data_audit(capsys):
     assert found["rows_in"] == 50
 
 
-def test_the_quick_demo_compares_three_methods_and_can_be_repeated(capsys, tmp_path, monkeypatch):
+def test_the_quick_demo_compares_all_methods_and_can_be_repeated(capsys, tmp_path, monkeypatch):
     words = ["demo", f"out={tmp_path / 'demo'}", "quick=true"]
     found = as_json(capsys, *words)["runs"]
-    assert [row["method"] for row in found] == ["Full fine-tuning", "LoRA", "QLoRA"]
-    full, lora, qlora = found
+    after = ["LoRA + DPO", "LoRA + reward model", "LoRA + PPO"]
+    assert [row["method"] for row in found] == ["Full fine-tuning", "LoRA", "QLoRA", *after]
+    full, lora, qlora = found[:3]
+    assert [row.get("from") for row in found] == [None, None, None, "lora", "lora", "lora"]
     assert full["trainable_parameters"] == full["total_parameters"] > 10 * lora["trainable_parameters"]
     assert full["peak_memory_bytes"] > lora["peak_memory_bytes"] > qlora["peak_memory_bytes"]
     assert json.loads((tmp_path / "demo" / "results.json").read_text()) == found
     assert "<svg" in (tmp_path / "demo" / "report.html").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr("burnish.tools.demo.METHODS", {"qlora": {"model": {"storage": "nf4"}}})
+        patch.setattr("burnish.tools.demo.STAGES", {"qlora": STAGES["qlora"]})
         assert len(as_json(capsys, *words)["runs"]) == 1
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
