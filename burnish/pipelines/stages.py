@@ -115,7 +115,7 @@ def _flat(tree: Mapping[str, Any], schema: type[Settings], prefix: str = "") -> 
         if isinstance(value, dict) and value and name not in kinds:
             found |= _flat(cast(dict[str, Any], value), schema, f"{name}.")
         else:
-            found[name] = None if value == "none" and "none" in kinds.get(name, "") else value
+            found[name] = None if value == "none" and kinds.get(name, "").endswith(" or none") else value
     return found
 
 

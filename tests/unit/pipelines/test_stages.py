@@ -66,6 +66,14 @@ def test_a_reward_is_a_stage_too_and_a_path_is_a_path(base: Path, tmp_path: Path
     assert found["again"].references == {}
 
 
+def test_none_is_a_choice_where_it_is_one_of_several(base: Path, tmp_path: Path) -> None:
+    reward = {"recipe": "reward", "from": "a", "normalise": "none", "optim.lr": "none"}
+    found = stages_of(base, tmp_path, a={"adapter.kind": "none"}, b=reward)
+    assert found["a"].config.adapter.kind == "none"
+    assert found["a"].config.model.storage == "full"
+    assert found["b"].config.normalise == "none"
+
+
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
