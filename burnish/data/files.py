@@ -205,10 +205,10 @@ def _is_json(content: bytes) -> bool:
 
 def _no_such_file(path: Path) -> str:
     folder = path.parent
-    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=1)
+    names = {file.stem: file.name for file in folder.iterdir()} if folder.is_dir() else {}
+    close = difflib.get_close_matches(path.stem, names, n=1)  # endings alone make no two names alike
     if close:
-        return f"there is no file {path}; did you mean {folder / close[0]}?"
+        return f"there is no file {path}; did you mean {folder / names[close[0]]}?"
     return f"there is no file {path}" + ("" if folder.is_dir() else f", nor a folder {folder}")
 
 

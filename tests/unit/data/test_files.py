@@ -72,6 +72,8 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path):
     write(tmp_path / "train.jsonl", "")
     with pytest.raises(ValueError, match=r"there is no file .*trian\.jsonl; did you mean .*train\.jsonl\?"):
         data_files(str(tmp_path / "trian.jsonl"))
+    with pytest.raises(ValueError, match=r"there is no file .*question\.jsonl$"):
+        data_files(str(tmp_path / "question.jsonl"))  # the ending alone is no likeness
     with pytest.raises(ValueError, match=r"there is no file .*x\.jsonl, nor a folder .*nowhere"):
         data_files(str(tmp_path / "nowhere" / "x.jsonl"))
 
