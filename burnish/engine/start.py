@@ -1,5 +1,6 @@
 """Where a recipe starts: the base's folder, and what an earlier recipe left on it. Imports no torch."""
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,7 +47,10 @@ def begin(config: C) -> tuple[C, Start]:
             return _from_adapter(config, adapter)
     if (folder / "config.yaml").exists():
         raise ValueError(f"from={folder} is a run that has not finished: resume it first with save.resume=true")
-    raise ValueError(f"from={folder} holds neither a model nor an adapter: name the folder of a finished run")
+    near = [] if folder.exists() or not folder.parent.is_dir() else [path.name for path in folder.parent.iterdir()]
+    close = difflib.get_close_matches(folder.name, near, n=1)
+    hint = f"; did you mean {folder.parent / close[0]}?" if close else ""
+    raise ValueError(f"from={folder} holds neither a model nor an adapter: name the folder of a finished run{hint}")
 
 
 def _from_model(config: C, model: Path) -> tuple[C, Start]:
