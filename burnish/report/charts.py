@@ -102,7 +102,7 @@ def bar_chart(
 
 def nice_ticks(low: float, high: float, target: int) -> list[float]:
     """About `target` evenly spaced round numbers (1, 2 or 5 times a power of ten) that span low to high."""
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # a constant, but for rounding
         margin = abs(low) / 2 or 1.0
         low, high = (0.0, 1.0) if low == 0 else (low - margin, high + margin)
     rough = (high - low) / target

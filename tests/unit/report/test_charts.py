@@ -44,6 +44,7 @@ def test_ticks_are_round_few_and_span_the_data(a: float, b: float) -> None:
 
 def test_ticks_of_known_ranges() -> None:
     assert nice_ticks(0.4, 3.2, 5) == [0, 1, 2, 3, 4]
+    assert nice_ticks(-1.000000000000003, -1, 5) == nice_ticks(-1, -1, 5)  # a constant, but for rounding
     assert nice_ticks(2.103, 2.203, 5) == [2.1, 2.12, 2.14, 2.16, 2.18, 2.2, 2.22]
     assert tick_labels([2.1, 2.15, 2.2]) == ["2.10", "2.15", "2.20"]
     assert tick_labels([0, 1e-4, 2e-4]) == ["0", "1e-4", "2e-4"]
