@@ -80,7 +80,7 @@ class DataSettings(Settings):
     format: str = Field(
         default="auto",
         description="`auto` recognises it from the rows; or alpaca, sharegpt, messages, lima, prompt_completion, "
-        "question_answer, text.",
+        "question_answer, text, prompt, prompt_chosen_rejected, chosen_rejected, ranked_answers, judged.",
     )
     split: str = Field(default="train", description="The split of a hub dataset.")
     train_on: Literal["all_assistant", "last_assistant", "everything"] = Field(

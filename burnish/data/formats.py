@@ -89,6 +89,7 @@ def check_format(name: str) -> None:
 def belongs_elsewhere(source: str, name: str, wanted: str) -> str:
     """The error for rows of a format that a recipe has no use for: what they are, and which recipe they are for."""
     found, use = FORMATS[name].holds, USES[FORMATS[name].holds]
+    found = "answers with labels" if found == "judged" else found
     return f"{source} reads as {name} ({FORMATS[name].reading}), which is {found} and not {wanted}: {use}"
 
 

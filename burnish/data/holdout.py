@@ -51,6 +51,8 @@ def hold_out(
     chosen = choose_held_out([source.example for source in sources], evaluate.fraction, seed)
     if not chosen:
         how = f"nothing: evaluate.fraction={evaluate.fraction:g} of {len(sources)} rows"
+        if wanted := round(evaluate.fraction * len(sources)):
+            how += f" would be {wanted}, but more than that ask each question: write a larger one, or evaluate.path="
         return list(sources), Kept([], None, how)
     held = [source for place, source in enumerate(sources) if place in chosen]
     how = f"{len(held):,} of these rows, chosen by a hash with seed {seed}; rows that ask the same stay together"
