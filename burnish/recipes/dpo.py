@@ -39,6 +39,13 @@ LOSSES = (
     *("simpo", "orpo", "cpo", "sft", KTO),
 )
 """What `loss` may name, here without loading torch."""
+READ_BY = {
+    "label_smoothing": ("sigmoid", "robust", "exo", "sigmoid_norm", "simpo", "cpo"),
+    "margin": ("slic", "simpo"),
+    "wanted_weight": (KTO,),
+    "unwanted_weight": (KTO,),
+}
+"""The settings that some losses alone read: with others they would do nothing."""
 
 
 class Config(TrainingSettings):
@@ -95,6 +102,11 @@ class Config(TrainingSettings):
             raise ValueError("loss=exo needs label_smoothing above 0: write label_smoothing=0.001, as the paper has it")
         if "robust" in self.mix and self.label_smoothing >= 0.5:
             raise ValueError(f"loss=robust needs label_smoothing below 0.5, not {self.label_smoothing}")
+        for name, losses in READ_BY.items():
+            if getattr(self, name) != type(self).model_fields[name].default and not self.mix.keys() & set(losses):
+                raise ValueError(
+                    f"{name} does nothing with loss={self.loss}: {', '.join(losses)} read it; leave it out"
+                )
         if self.reference == "on_the_fly" and self.adapter.kind == "none":
             raise ValueError(
                 "reference=on_the_fly needs an adapter: full weights change with the first step; write reference=cached"

@@ -29,9 +29,9 @@ from burnish.engine.roles import Role
 from burnish.engine.start import Start
 from burnish.evaluate import judge
 from burnish.losses import preference
-from burnish.losses.preference import Options, pairs_of, preference_loss
+from burnish.losses.preference import Options, Pairs, pairs_of, preference_loss
 from burnish.model.checkpoint import load_model
-from burnish.recipes.dpo import LOSSES, Config, kto_objective
+from burnish.recipes.dpo import LOSSES, READ_BY, Config, kto_objective
 from burnish.types import Comparison, PreferenceBatch
 from burnish.types import Sequence as TokenSequence
 from tests.tiny import forkserver, tiny_data, tiny_folder
@@ -338,6 +338,17 @@ def test_the_names_of_losses_are_those_that_there_are():
     assert set(LOSSES) == {*preference.LOSSES, "kto"}
 
 
+@pytest.mark.parametrize("name", sorted(preference.LOSSES))
+@pytest.mark.parametrize(("option", "value"), [("label_smoothing", 0.3), ("margin", 3.0)])
+def test_a_setting_that_a_loss_does_not_read_is_refused_with_it(name, option, value):
+    pairs = Pairs(*(torch.tensor([number]) for number in (-3.0, -2.0, -3.3, -2.4, 4.0, 5.0)))
+    before, after = (
+        preference.LOSSES[name](pairs, dataclasses.replace(Options(label_smoothing=0.1), **change))
+        for change in ({}, {option: value})
+    )
+    assert (name in READ_BY[option]) == (not torch.equal(before, after))
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -352,6 +363,8 @@ def test_the_names_of_losses_are_those_that_there_are():
         ("loss=", "is not known; known are sigmoid, robust"),
         ("loss=exo", "label_smoothing=0.001"),
         ("label_smoothing=1", "less than 1"),
+        ("margin=2", "margin does nothing with loss=sigmoid: slic, simpo read it; leave it out"),
+        ("wanted_weight=2", "wanted_weight does nothing with loss=sigmoid: kto read it"),
     ],
 )
 def test_settings_that_make_no_sense(given, said):
