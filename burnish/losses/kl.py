@@ -58,8 +58,9 @@ class KLController:
         return {"beta": self.beta}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state` gave."""
-        self.beta = float(state["beta"])
+        """Continue from what `state` gave; a beta that nothing adapts is the one of the settings."""
+        if self.target is not None:
+            self.beta = float(state["beta"])
 
 
 ESTIMATORS: dict[str, Estimator] = {"k1": k1, "k2": k2, "k3": k3}

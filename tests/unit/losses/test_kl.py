@@ -45,6 +45,8 @@ def test_without_a_target_beta_stays():
     controller = KLController(0.05)
     controller.update(100.0, 512)
     assert controller.beta == 0.05
+    controller.restore(KLController(0.2).state())  # a run that goes on with another kl.beta
+    assert controller.beta == 0.05
 
 
 def test_a_restored_controller_continues_to_the_bit():
