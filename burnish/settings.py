@@ -335,6 +335,12 @@ class ReinforcementSettings(TrainingSettings):
                 f"kl.horizon={self.kl.horizon} is too short for {answers} answers a step: one step could take all of "
                 f"kl.beta, or more; write kl.horizon={answers} or more"
             )
+        minibatches: int = getattr(self, "minibatches", 1)
+        if minibatches > self.rollout.prompts:
+            raise ValueError(
+                f"minibatches={minibatches} is more than the rollout.prompts={self.rollout.prompts} of a step: write "
+                f"minibatches={self.rollout.prompts} at most"
+            )
         if self.data.max_length <= self.rollout.max_tokens:
             raise ValueError(
                 f"data.max_length={self.data.max_length} leaves no room for a prompt before an answer of "

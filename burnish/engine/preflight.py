@@ -76,6 +76,8 @@ def check_run_folder(folder: Path, config: TrainingSettings) -> None:
     stored = folder / "config.yaml"
     if not stored.exists():
         raise ValueError(f"run.folder={folder} is not empty and holds no run; write run.folder=DIR with a new path")
+    if not config.save.resume and not _took_a_step(folder):
+        return  # it failed before its first step: there is nothing to lose
     if not config.save.resume:
         raise ValueError(
             f"run.folder={folder} already holds a run; continue it with save.resume=true, "
@@ -88,6 +90,11 @@ def check_run_folder(folder: Path, config: TrainingSettings) -> None:
         raise ValueError(
             f"run.folder={folder} holds a run with other settings ({', '.join(names)}); resume it with the same ones"
         )
+
+
+def _took_a_step(folder: Path) -> bool:
+    metrics = folder / "metrics.jsonl"
+    return any((folder / "checkpoints").glob("*")) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -84,6 +84,9 @@ class Run:
             self.write_json("environment.json", environment(self.mesh.device, self.mesh.world))
         if self.save.resume:
             self._restore()
+        elif self.mesh.is_main:
+            for name in ("before.json", "after.json"):  # of a run that failed before its first step
+                (self.folder / name).unlink(missing_ok=True)
         if self.mesh.is_main:
             self.metrics_file = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
             self.trackers = open_trackers(self.save.trackers, self.folder, self.config_yaml, self.step)

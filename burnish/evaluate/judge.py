@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from burnish import world
 from burnish.data.chat import encode
+from burnish.data.files import EMBEDDED
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
 from burnish.engine.roles import Role
@@ -114,7 +115,8 @@ def open_judge(task: "Task[Any]", cast: "Cast") -> Judge:
     lengths = (config.data.max_length, max(config.run.microbatch_tokens, config.data.max_length))
     policy, text = cast.policy, (task.tokenizer, task.template)
     judge = Judge(policy.model, policy.adapter, *text, [], prompts, config.evaluate, lengths)
-    if prompts and has_gold(prompts):
+    of_the_world = (config.evaluate.path or config.data.path) == EMBEDDED
+    if prompts and of_the_world and has_gold(prompts):
         return judge.against(cast.reference)
     return judge.against(cast.reference, cast.reward.measure, cast.reward.scorer.name)
 

@@ -47,7 +47,7 @@ def contents(settings: Mapping[str, Any], known: dict[str, str]) -> dict[str, st
     """
     found: dict[str, str] = {}
     for name, value in settings.items():
-        if name.rsplit(".", 1)[-1] not in FILE_SETTINGS:
+        if value is None or name.rsplit(".", 1)[-1] not in FILE_SETTINGS:
             continue
         paths = [str(item) for item in cast(list[Any], value)] if isinstance(value, list) else [str(value)]
         places = [place for path in paths if (place := _place(name, path)) is not None]

@@ -20,7 +20,8 @@ class LossKLSettings(KLSettings):
 
     beta: float = Field(default=0.04, gt=0, description="How much a nat of divergence costs.")
     estimator: Literal["k1", "k2", "k3"] = Field(
-        default="k3", description="Of the divergence, token by token; in the loss times the ratio. In the reward: k1."
+        default="k3",
+        description="Of the divergence, token by token; in the loss times the ratio. For the reward write k1.",
     )
     place: Literal["loss", "reward"] = Field(
         default="loss",
@@ -77,9 +78,8 @@ def main(config: Config) -> dict[str, Any]:
                 return replace(batch, old_log_probs=old, reference_log_probs=reference.log_probs(batch))
 
         def worth(batch: RolloutBatch) -> torch.Tensor:
-            return worth_of(
-                batch, practice.controller.beta if config.kl.place == "reward" else 0.0, config.kl.estimator
-            )
+            beta = practice.controller.beta if config.kl.place == "reward" else 0.0
+            return worth_of(batch, beta, config.kl.estimator)
 
         # 4. The loss: the clipped surrogate, and the divergence from the reference.
         def objective(batch: RolloutBatch):

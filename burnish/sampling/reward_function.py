@@ -5,7 +5,8 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,9 +44,10 @@ class FunctionScorer:
     def _ask(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         samples = [sample_of(rollout) for rollout in rollouts]
         try:
-            given = self.function(samples)
-            if inspect.isawaitable(given):
-                given = asyncio.run(_awaited(given))
+            with _neighbours_of(self.path.resolve()):
+                given = self.function(samples)
+                if inspect.isawaitable(given):
+                    given = asyncio.run(_awaited(given))
         except Exception as error:  # whatever a user's function can raise
             raise _Raised(self._told(error)) from error
         return self._checked(given, len(samples))
@@ -84,20 +86,29 @@ def load_function(setting: str) -> Function:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # while it runs: dataclasses look for the module that they are written in
-    sys.path.insert(0, str(file.parent))
     try:
-        spec.loader.exec_module(module)
+        with _neighbours_of(file):
+            spec.loader.exec_module(module)
     except Exception as error:  # whatever a user's file can raise
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         place = f"{path}:{lines[-1]}" if lines else path
         raise ValueError(f"reward.function={setting}: {place} raised {type(error).__name__}: {error}") from None
     finally:
-        sys.path.remove(str(file.parent))
         del sys.modules[spec.name]
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"reward.function={setting}: {name} is no function of {path}")
     return function
+
+
+@contextmanager
+def _neighbours_of(file: Path) -> Generator[None]:
+    """What lies beside the file can be imported."""
+    sys.path.insert(0, str(file.parent))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(file.parent))
 
 
 async def _awaited(given: Any) -> Any:

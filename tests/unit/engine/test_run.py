@@ -10,15 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 from burnish.cli import main
-from burnish.config import build
+from burnish.config import build, to_yaml
 from burnish.data.prepare import prepare
 from burnish.data.stream import Stream
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
 from burnish.engine.learner import Learner
+from burnish.engine.preflight import check_run_folder
 from burnish.evaluate.likelihood import held_out_loss
 from burnish.model.checkpoint import load_model
-from burnish.settings import DataSettings, EvaluateSettings
+from burnish.settings import DataSettings, EvaluateSettings, TrainingSettings
 from burnish.types import Sequence
 from tests.tiny import tiny_data, tiny_folder
 
@@ -245,3 +246,16 @@ def test_a_signal_outside_the_steps_is_answered_in_one_line(words, monkeypatch, 
     assert main(words) == 130
     assert "save.resume=true" in capsys.readouterr().err.splitlines()[-1]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_run_that_failed_before_its_first_step_leaves_its_folder_free(tmp_path):
+    folder = tmp_path / "run"
+    settings = build(TrainingSettings, {"run": {"folder": str(folder)}})
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(settings))
+    (folder / "before.json").write_text('{"metrics": {"eval_loss": 1.0}}')
+    other = build(TrainingSettings, {"run": {"folder": str(folder), "seed": 1}})
+    check_run_folder(folder, other)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match="already holds a run"):
+        check_run_folder(folder, other)

@@ -60,6 +60,7 @@ def test_files_are_looked_for_where_settings_name_some(tmp_path: Path, monkeypat
         "reward.function": "rewards.py:score",
         "optim.schedule": "cosine",
         "evaluate.path": None,
+        "stages.reward.function": None,
         "model.path": "owner/name",
         "data.split": "train",
     }

@@ -204,18 +204,20 @@ def test_a_function_that_always_raises_stops_the_run(tmp_path: Path) -> None:
 
 def test_loading_a_function_leaves_no_module_behind(tmp_path: Path) -> None:
     (tmp_path / "neighbour_of_reward.py").write_text("FACTOR = 3\n")
+    (tmp_path / "late_neighbour.py").write_text("ONE = 1\n")
     text = (
         "from __future__ import annotations\nfrom dataclasses import dataclass\nimport neighbour_of_reward\n"
         "@dataclass\nclass Weight:\n    value: float = 2.0\n"
-        "def score(samples):\n    return [Weight().value * neighbour_of_reward.FACTOR for _ in samples]\n"
+        "def score(samples):\n    import late_neighbour\n"
+        "    return [Weight().value * neighbour_of_reward.FACTOR * late_neighbour.ONE for _ in samples]\n"
     )
     paths = list(sys.path)
     before = set(sys.modules)
-    function = load_function(source_file(tmp_path, text))
+    scorer = FunctionScorer(source_file(tmp_path, text))
     assert set(sys.modules) - before == {"neighbour_of_reward"}
-    del sys.modules["neighbour_of_reward"]
+    assert scorer(rollouts(2)) == [6.0, 6.0]  # it may import a neighbour as late as that
+    del sys.modules["neighbour_of_reward"], sys.modules["late_neighbour"]
     assert sys.path == paths
-    assert function([{}, {}]) == [6.0, 6.0]
 
 
 @pytest.mark.parametrize(
