@@ -6,8 +6,8 @@ Wheels for CPython 3.12 on Linux x86-64 are downloaded without dependencies (`wh
 into `site/`; TRL 1.12, the last with a PPO, is unpacked apart, into `trl112/`. What a CUDA 13.0 machine does not read
 is left out, so that the whole packs to about 26 MB. On that machine:
 
-    tar xzf .peers/peers.tar.gz -C /tmp/peers
-    python -m benchmarks.dpo peers=/tmp/peers
+    mkdir -p .peers/unpacked && tar xzf .peers/peers.tar.gz -C .peers/unpacked
+    python -m benchmarks.dpo peers=.peers/unpacked
 """
 
 import fnmatch
