@@ -336,7 +336,7 @@ class ReinforcementSettings(TrainingSettings):
                 f"kl.beta, or more; write kl.horizon={answers} or more"
             )
         minibatches: int = getattr(self, "minibatches", 1)
-        if minibatches > self.rollout.prompts:
+        if "minibatches" in self.model_fields_set and minibatches > self.rollout.prompts:
             raise ValueError(
                 f"minibatches={minibatches} is more than the rollout.prompts={self.rollout.prompts} of a step: write "
                 f"minibatches={self.rollout.prompts} at most"

@@ -73,6 +73,7 @@ def test_mistakes_in_paths(capsys, folders, tmp_path):
     assert "is not empty and holds no run" in said
     assert (occupied / "notes.txt").read_text() == "mine"
     (occupied / "config.yaml").write_text("run: {steps: 3}\n")
+    (occupied / "metrics.jsonl").write_text('{"step": 1}\n')
     assert "save.resume=true" in complaint(capsys, "sft", f"model.path={model}", f"run.folder={occupied}")
 
 

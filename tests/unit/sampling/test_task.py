@@ -13,6 +13,7 @@ import pytest
 
 from burnish.cli import main
 from burnish.config import ConfigError, build
+from burnish.recipes import ppo
 from burnish.sampling.task import open_task
 from tests.letters import METHODS, letters_world, lines, policy_adapter, prompts_file, reward_adapter, settings, train
 
@@ -225,3 +226,10 @@ def test_the_command_line_says_it_in_one_line(world: Path, tmp_path: Path, capsy
     given += [f"reward.function={HERE}:too_few", f"run.folder={tmp_path / 'run'}", "save.trackers=[]"]
     assert main(given) == 1
     assert "too_few gave 11 scores for 12 samples" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_minibatches_that_are_asked_for_fit_the_prompts_of_a_step() -> None:
+    asked: dict[str, Any] = {"reward": {"function": "a.py:b"}, "rollout": {"prompts": 2}}
+    assert build(ppo.Config, asked).minibatches == 4  # nobody asked: a step has as many as it can
+    with pytest.raises(ConfigError, match=r"minibatches=3 is more than the rollout\.prompts=2"):
+        build(ppo.Config, asked | {"minibatches": 3})
