@@ -1,14 +1,21 @@
 """Who takes part in reinforcement learning: policy, reference, value and reward, adapters on one base."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import nn
 
-from burnish.engine.assemble import REFERENCE, activation_dtype, lay_out, open_model, trained_parameters
+from burnish.engine.assemble import (
+    REFERENCE,
+    activation_dtype,
+    lay_out,
+    open_model,
+    reference_role,
+    trained_parameters,
+)
 from burnish.engine.learner import Learner
 from burnish.engine.mesh import Mesh
 from burnish.engine.rewards import REWARD, normaliser
@@ -56,7 +63,7 @@ def open_cast(task: Task[C], mesh: Mesh, with_value: bool = False) -> Cast:
     temperature = config.rollout.temperature
     return Cast(
         policy=Role(model, name, temperature=temperature),
-        reference=Role(frozen, REFERENCE if REFERENCE in adapter_names(frozen) else None, temperature=temperature),
+        reference=replace(reference_role(frozen), temperature=temperature),
         reward=open_reward(
             config.reward,
             task.tokenizer,
