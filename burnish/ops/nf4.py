@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from burnish.kernels import has_triton
+
 BLOCK = 64
 NESTED_BLOCK = 256
 
@@ -81,7 +83,7 @@ def dequantise(
     dtype: torch.dtype,
 ) -> Float[Tensor, "O I"]:
     """The dense weight: level * scale in fp32, rounded once to `dtype`."""
-    if codes.is_cuda and _has_triton():
+    if codes.is_cuda and has_triton():
         from burnish.kernels.nf4 import dequantise as kernel
 
         scales = scales if nested.numel() else as_float32(scales)
@@ -180,11 +182,6 @@ def _quantise_scales(absmax_N: Tensor) -> tuple[Tensor, Tensor]:
 
 def _slices(blocks: int) -> Iterator[tuple[int, int]]:
     return ((first, min(first + _SLICE, blocks)) for first in range(0, blocks, _SLICE))
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 @cache
