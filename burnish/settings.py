@@ -1,6 +1,7 @@
 """The groups of settings that recipes and tools share. Imports no torch."""
 
 import contextlib
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -150,10 +151,37 @@ class RunSettings(Settings):
         ge=2,
         description="Tokens per forward pass on one device: what memory depends on. At most run.step_tokens.",
     )
-    checkpointing: bool = Field(default=False, description="Recompute activations: less memory, more time.")
+    memory: str = Field(
+        default="auto",
+        description="Device memory that the run may take, as in `24GB`: what does not fit is computed again in the "
+        "backward pass. `auto`: what is free; `least`: as little as can be, at the price of time.",
+    )
+    fp8: bool = Field(
+        default=False,
+        description="Multiply with frozen weights in 8-bit floats, forward and for the gradients of activations, on "
+        "GPUs that can: faster, a little less exact.",
+    )
     compile: Literal["auto", "on", "off"] = Field(
         default="auto", description="Compile the decoder block; `auto`: on cuda only."
     )
+
+    @model_validator(mode="after")
+    def _memory_is_an_amount(self) -> "RunSettings":
+        memory_bytes(self.memory)
+        return self
+
+
+def memory_bytes(text: str) -> int | None:
+    """The bytes that `run.memory` allows; None where it names no amount: `auto` and `least`.
+
+    Raises ValueError for anything else.
+    """
+    if text in ("auto", "least"):
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(G|Gi|M|Mi)B", text)
+    if found is None or not float(found[1]):
+        raise ValueError(f"run.memory={text} is no amount: write auto, least, or an amount such as 24GB or 22.5GiB")
+    return int(float(found[1]) * {"G": 10**9, "Gi": 2**30, "M": 10**6, "Mi": 2**20}[found[2]])
 
 
 class SaveSettings(Settings):

@@ -78,7 +78,7 @@ def open_model(
 
 def lay_out(decoder: Decoder, run: RunSettings, mesh: Mesh) -> None:
     """Make a complete decoder ready to run: checkpointing, compilation, its place on the ranks, random numbers."""
-    decoder.checkpointing = run.checkpointing
+    decoder.checkpointing = run.memory == "least"
     if run.compile == "on" or (run.compile == "auto" and mesh.device.type == "cuda"):
         decoder.compile_blocks()
     shard(decoder, decoder.model.layers, mesh)

@@ -305,7 +305,7 @@ class Run:
         held = in_use(self.mesh.device) / 2**30
         return (
             f"out of memory at step {self.step + 1} with {held:.1f} GiB in use on {self.mesh.device}; any of these "
-            "needs less: half of run.microbatch_tokens, run.checkpointing=true, model.storage=nf4, a smaller "
+            "needs less: half of run.microbatch_tokens, run.memory=least, model.storage=nf4, a smaller "
             "data.max_length; a run without a checkpoint starts anew with another run.folder"
         )
 

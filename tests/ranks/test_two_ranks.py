@@ -16,7 +16,7 @@ from tests.tiny import forkserver, tiny_data, tiny_folder
 
 METHODS = {
     "full": ["model.storage=full"],
-    "qlora": ["model.storage=nf4", "adapter.rank=4", "run.checkpointing=true"],
+    "qlora": ["model.storage=nf4", "adapter.rank=4", "run.memory=least"],
 }
 
 
