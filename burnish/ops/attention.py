@@ -7,6 +7,11 @@ A sequence with a prefix reads tokens of another one before its own (`Batch.pref
 from there, so that autograd adds up what all readers of a prompt want of it. The kernel aligns the last query with the
 last key, as FlashAttention's causal mask does since 2.1; padded rows are as long as the whole sequence, and their
 queries at the prefix, which nobody reads, stay 0.
+
+`attention_forward` and `attention_backward` are the same without autograd, and use cuDNN's kernels on Hopper, which
+need 0.6 of FlashAttention 2's time there. cuDNN makes a plan for every shape, which takes 170 ms: only sequences of one
+length go to it, a multiple of 64, so that shapes are few. Its ragged form is left alone: PyTorch 2.11 makes the plan
+anew at every call (pytorch/pytorch#191576), and the backward pass reads beyond its memory (pytorch/pytorch#186142).
 """
 
 import functools
@@ -26,6 +31,8 @@ from burnish.types import Batch
 
 GROUP_RATIO = 0.6
 """Sequences at least so long, relative to the longest of their group, are padded to it rather than grouped apart."""
+PLANNED_LENGTHS = 64
+"""cuDNN is asked for sequences whose length is a multiple of this."""
 
 
 class Group(NamedTuple):
@@ -71,6 +78,8 @@ class Layout(NamedTuple):
     """Whether that kernel serves several query heads from one key-value head by itself, which depends on PyTorch."""
     keys: Keys | None = None
     """What is read besides a sequence's own tokens; None where every sequence is whole."""
+    even: bool = False
+    """Whether the sequences are whole and all of one length, a multiple of `PLANNED_LENGTHS`."""
 
 
 def packed_layout(batch: Batch, padded: bool) -> Layout:
@@ -79,7 +88,9 @@ def packed_layout(batch: Batch, padded: bool) -> Layout:
     keys = _keys(batch) if any(length for _, length in batch.prefixes) else None
     if padded:
         return Layout(batch.starts, longest, _padded_rows(batch, keys), kernel_shares_heads=False, keys=keys)
-    return Layout(batch.starts, longest, None, _kernel_shares_heads(), keys)
+    of_one_length = keys is None and batch.num_sequences * batch.longest == len(batch.tokens)
+    even = of_one_length and batch.longest % PLANNED_LENGTHS == 0
+    return Layout(batch.starts, longest, None, _kernel_shares_heads(), keys, even)
 
 
 def wants_padding(device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None) -> bool:
@@ -116,6 +127,61 @@ def attention(
         outputs.append(out_SHLC.transpose(1, 2).reshape(num_rows * length, *q_THC.shape[1:]))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return out if layout.rows.place is None else out.index_select(0, layout.rows.place)
+
+
+@torch.no_grad()
+def attention_forward(
+    q_THC: Float[Tensor, "T H C"],
+    k_TGC: Float[Tensor, "T G C"],
+    v_TGC: Float[Tensor, "T G C"],
+    layout: Layout,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Float[Tensor, "T H C"], tuple[Tensor, ...]]:
+    """`attention` without autograd, and what its backward pass wants besides: the log-sum-exp of each row, or nothing.
+
+    q, k and v may be column slices of one buffer.
+    """
+    if layout.rows is not None:
+        return attention(q_THC, k_TGC, v_TGC, layout, scale, window, softcap), ()
+    assert softcap is None
+    if _suits_cudnn(q_THC, layout, window):
+        return _cudnn_forward(q_THC, k_TGC, v_TGC, len(layout.starts) - 1, scale)
+    if layout.keys is not None:
+        k_TGC, v_TGC = (x.index_select(0, layout.keys.position) for x in (k_TGC, v_TGC))
+    return _flash_forward(q_THC, k_TGC, v_TGC, layout, scale, window)
+
+
+@torch.no_grad()
+def attention_backward(
+    dout_THC: Float[Tensor, "T H C"],
+    given: tuple[Float[Tensor, "T H C"], Float[Tensor, "T G C"], Float[Tensor, "T G C"]],
+    out_THC: Float[Tensor, "T H C"],
+    saved: tuple[Tensor, ...],
+    layout: Layout,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Float[Tensor, "T H C"], Float[Tensor, "T G C"], Float[Tensor, "T G C"]]:
+    """The gradients of q, k and v, the `given`, from what `attention_forward` returned. Padded rows are run again."""
+    if layout.rows is not None:
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in given]
+            out = attention(leaves[0], leaves[1], leaves[2], layout, scale, window, softcap)
+            dq, dk, dv = torch.autograd.grad(out, leaves, dout_THC)
+        return dq, dk, dv
+    q, k, v = given
+    (lse,) = saved
+    if lse.ndim > 2:  # [H, T] where FlashAttention made it
+        return _cudnn_backward(dout_THC, given, out_THC, lse, len(layout.starts) - 1, scale)
+    if layout.keys is None:
+        return _flash_backward(dout_THC, given, out_THC, lse, layout, scale, window)
+    position = layout.keys.position
+    read = (q, k.index_select(0, position), v.index_select(0, position))
+    dq, dk, dv = _flash_backward(dout_THC, read, out_THC, lse, layout, scale, window)
+    dk, dv = (d.new_zeros(x.shape).index_add_(0, position, d) for x, d in ((k, dk), (v, dv)))
+    return dq, dk, dv
 
 
 def cached_attention(
@@ -155,7 +221,8 @@ def rotate(
     """x with its pairs (i, i + c) turned by the table's angles (Su et al. 2021); channels from 2c on are left alone."""
     cos, sin = (part[:, None, :] for part in table)
     half = cos.shape[-1]
-    first, second, rest = x_THC[..., :half].float(), x_THC[..., half : 2 * half].float(), x_THC[..., 2 * half :]
+    first, second = (x.to(_wide(x_THC)) for x in (x_THC[..., :half], x_THC[..., half : 2 * half]))
+    rest = x_THC[..., 2 * half :]
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_THC.dtype)
     return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
 
@@ -257,3 +324,76 @@ def _kernel_shares_heads() -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def _suits_cudnn(q: Tensor, layout: Layout, window: int | None) -> bool:
+    reaches_all = window is None or window >= layout.longest
+    return layout.even and reaches_all and q.shape[-1] <= 128 and _has_hopper_kernels(q.device)
+
+
+@functools.cache
+def _has_hopper_kernels(device: torch.device) -> bool:
+    """Before Hopper, FlashAttention 2 is as fast."""
+    return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _cudnn_forward(
+    q: Tensor, k: Tensor, v: Tensor, num_sequences: int, scale: float
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    rows = (_as_rows(x, num_sequences) for x in (q, k, v))
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *rows, None, compute_log_sumexp=True, is_causal=True, scale=scale
+    )
+    return out.transpose(1, 2).flatten(0, 1), (lse,)
+
+
+def _cudnn_backward(
+    dout: Tensor, given: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor, num_sequences: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    length = len(out) // num_sequences
+    # Plans are kept by the shapes and strides of q, k and v alone: those of the other two must never vary.
+    dout, q, k, v, out = (_as_rows(x, num_sequences) for x in (dout.contiguous(), *given, out.contiguous()))
+    unused = lse.new_empty((), dtype=torch.int64)  # the seeds of dropout
+    gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        dout, q, k, v, out, lse, unused, unused, None, None, None, length, length, 0.0, True, scale=scale
+    )
+    dq, dk, dv = (x.transpose(1, 2).flatten(0, 1) for x in gradients)
+    return dq, dk, dv
+
+
+def _as_rows(x: Tensor, num_sequences: int) -> Tensor:
+    """[S, H, L, C], without a copy."""
+    return x.unflatten(0, (num_sequences, -1)).transpose(1, 2)
+
+
+def _flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    starts, sides = _flash_options(layout, window)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, *starts, dropout_p=0.0, is_causal=window is None, return_debug_mask=False, scale=scale, **sides
+    )
+    return out, (lse,)
+
+
+def _flash_backward(
+    dout: Tensor,
+    given: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    lse: Tensor,
+    layout: Layout,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    starts, sides = _flash_options(layout, window)
+    seeds, unused = lse.new_empty(2, dtype=torch.uint64), lse.new_empty(0)  # of dropout
+    return torch.ops.aten._flash_attention_backward(
+        dout, *given, out, lse, *starts, 0.0, window is None, seeds, unused, scale=scale, **sides
+    )
+
+
+def _flash_options(layout: Layout, window: int | None) -> tuple[tuple[Tensor, Tensor, int, int], dict[str, int]]:
+    """Where sequences start and how long they are, for queries and keys; how far a query sees to either side."""
+    key_starts = layout.starts if layout.keys is None else layout.keys.starts
+    sides = {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
+    return (layout.starts, key_starts, layout.longest, layout.longest), sides
