@@ -10,7 +10,6 @@ All three parts are bytes, fp32 numbers among them, so that no mixed-precision p
 
 from collections.abc import Iterator
 from functools import cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -81,15 +80,18 @@ def dequantise(
     nested: UInt8[Tensor, " nested"],
     shape: tuple[int, int],
     dtype: torch.dtype,
+    out: Float[Tensor, "O I"] | None = None,
 ) -> Float[Tensor, "O I"]:
-    """The dense weight: level * scale in fp32, rounded once to `dtype`."""
+    """The dense weight: level * scale in fp32, rounded once to `dtype`.
+
+    With `out`, contiguous and of this shape and dtype, it is written there: rows of a larger weight, say.
+    """
     if codes.is_cuda and has_triton():
         from burnish.kernels.nf4 import dequantise as kernel
 
-        scales = scales if nested.numel() else as_float32(scales)
-        tables = (_levels(codes.device), _dynamic_map(codes.device))
-        return kernel(codes, scales, as_float32(nested), tables, shape, dtype)
-    return reference_dequantise(codes, scales, nested, shape, dtype)
+        dense = _given(out, shape, dtype, codes.device)
+        return kernel(codes, *kernel_scales(scales, nested), tables(codes.device), dense)
+    return reference_dequantise(codes, scales, nested, shape, dtype, out)
 
 
 def reference_dequantise(
@@ -98,12 +100,12 @@ def reference_dequantise(
     nested: UInt8[Tensor, " nested"],
     shape: tuple[int, int],
     dtype: torch.dtype,
+    out: Float[Tensor, "O I"] | None = None,
 ) -> Float[Tensor, "O I"]:
     """`dequantise` in plain PyTorch, a slice at a time: what the kernel is held to."""
-    count = shape[0] * shape[1]
     absmax_N = restore_scales(scales, nested)
     pairs = _pairs(codes.device)
-    dense = torch.empty(count, dtype=dtype, device=codes.device)
+    dense = _given(out, shape, dtype, codes.device).view(-1)
     for first, last in _slices(absmax_N.numel()):
         values = pairs.index_select(0, codes[first * BLOCK // 2 : last * BLOCK // 2].int()).view(torch.float32)
         if values.numel() < (last - first) * BLOCK:
@@ -144,6 +146,16 @@ def restore_scales(scales: UInt8[Tensor, " scales"], nested: UInt8[Tensor, " nes
     return _dynamic_map(scales.device).index_select(0, scales.int()) * scale_N + values[-1]
 
 
+def kernel_scales(scales: UInt8[Tensor, " scales"], nested: UInt8[Tensor, " nested"]) -> tuple[Tensor, Tensor]:
+    """The scales and their scales as kernels read them: fp32 but for 8-bit codes."""
+    return scales if nested.numel() else as_float32(scales), as_float32(nested)
+
+
+def tables(device: torch.device) -> tuple[Float[Tensor, " 16"], Float[Tensor, " 256"]]:
+    """The levels of values and of scales that codes stand for."""
+    return _levels(device), _dynamic_map(device)
+
+
 def as_float32(raw: UInt8[Tensor, " bytes"]) -> Float[Tensor, " N"]:
     """The fp32 numbers that the bytes hold."""
     if raw.storage_offset() % 4:
@@ -178,6 +190,14 @@ def _quantise_scales(absmax_N: Tensor) -> tuple[Tensor, Tensor]:
     unit = (blocks / scale.clamp(min=_TINY).unsqueeze(1)).reshape(-1)[: rest.numel()]
     scales = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
     return scales, torch.cat([scale, mean.unsqueeze(0)]).view(torch.uint8)
+
+
+def _given(out: Tensor | None, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    assert (out.shape, out.dtype) == (shape, dtype)
+    assert out.is_contiguous()
+    return out
 
 
 def _slices(blocks: int) -> Iterator[tuple[int, int]]:

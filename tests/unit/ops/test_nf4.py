@@ -183,3 +183,12 @@ def test_compiled_it_gives_the_same() -> None:
         loss.backward()
         results.append((loss.detach(), x.grad))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_it_dequantises_into_rows_of_a_larger_weight() -> None:
+    parts = nf4.quantise(weight((7, 40)))
+    whole = torch.full((12, 40), 3.0, dtype=torch.bfloat16)
+    made = nf4.dequantise(*parts, (7, 40), torch.bfloat16, out=whole[2:9])
+    assert made.data_ptr() == whole[2:].data_ptr()
+    assert torch.equal(whole[2:9], nf4.dequantise(*parts, (7, 40), torch.bfloat16))
+    assert bool((whole[[0, 1, 9, 10, 11]] == 3).all())

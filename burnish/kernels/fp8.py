@@ -1,0 +1,217 @@
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
+"""Rows and weights to e4m3: the twins of `ops.fp8`."""
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from burnish.kernels.nf4 import block_scales, level_of
+
+_LONGEST = 2**15  # values of a row that one program holds in registers
+
+
+def quantise_rows(x_TK: Tensor, w_scale_K: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The values in e4m3 and the scale of each row; x is read once, but twice where a row is longer than 32,768."""
+    num_rows, width = x_TK.shape
+    values = torch.empty((num_rows, width), dtype=torch.float8_e4m3fn, device=x_TK.device)
+    scale = torch.empty(num_rows, dtype=torch.float32, device=x_TK.device)
+    held = min(triton.next_power_of_2(width), _LONGEST)
+    if values.numel():
+        with _on(x_TK):
+            _quantise_rows[(num_rows,)](
+                x_TK, w_scale_K, values, scale, width, x_TK.stride(0), WEIGHTED=w_scale_K is not None, HELD=held,
+                WHOLE=held >= width, num_warps=min(max(held // 1024, 1), 16),
+            )  # fmt: skip
+    return values, scale
+
+
+def dense_to_fp8(w_OI: Tensor, inverse_O: Tensor, transposed: bool, made: Tensor) -> Tensor:
+    """`made`, filled with w * inverse[:, None]; its sides are multiples of 16."""
+    assert w_OI.stride(1) == 1
+    rows, columns = w_OI.shape
+    with _on(w_OI):
+        if transposed:
+            _dense_transposed[(triton.cdiv(rows, 128), triton.cdiv(columns, 64))](
+                w_OI,
+                inverse_O,
+                made.view(torch.int32),
+                rows,
+                columns,
+                w_OI.stride(0),
+                ROWS=128,
+                COLUMNS=64,
+                num_warps=4,
+            )
+        else:
+            _dense[(triton.cdiv(columns, 512), triton.cdiv(rows, 8))](
+                w_OI, inverse_O, made, rows, columns, w_OI.stride(0), ROWS=8, COLUMNS=512, num_warps=4
+            )
+    return made
+
+
+def nf4_to_fp8(
+    parts: tuple[Tensor, Tensor, Tensor],
+    tables: tuple[Tensor, Tensor],
+    shape: tuple[int, int],
+    inverse_O: Tensor,
+    transposed: bool,
+    made: Tensor,
+) -> Tensor:
+    """`made`, filled with the values of the codes * inverse[:, None].
+
+    `parts` and `tables` are those of `kernels.nf4.dequantise`; the sides of the weight are multiples of 16.
+    """
+    codes, scales, nested = parts
+    rows, columns = shape
+    given = (codes.view(torch.int32), scales, nested, *tables, inverse_O)
+    counts = (rows, columns, max(nested.numel() - 1, 0))
+    double = nested.numel() > 0
+    with _on(codes):
+        if transposed:
+            _nf4_transposed[(triton.cdiv(rows, 128), triton.cdiv(columns, 128))](
+                *given, made.view(torch.int32), *counts, DOUBLE=double, ROWS=128, COLUMNS=128, num_warps=8,
+                enable_fp_fusion=False,
+            )  # fmt: skip
+        else:
+            _nf4[(triton.cdiv(columns, 256), triton.cdiv(rows, 16))](
+                *given, made, *counts, DOUBLE=double, ROWS=16, COLUMNS=256, num_warps=4, enable_fp_fusion=False
+            )
+    return made
+
+
+def _on(x: Tensor):
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@triton.jit
+def row_scale(amax):
+    """amax / 448, and 1 for rows of (next to) zeros: the rule of `ops.fp8.row_scale`."""
+    return tl.where(amax < 1e-30, 1.0, tl.div_rn(amax, 448.0))
+
+
+@triton.jit
+def _quantise_rows(
+    x, w_scale, values, scale, width, stride,
+    WEIGHTED: tl.constexpr, HELD: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, HELD)
+    held = _weighted(x + row * stride, w_scale, column, width, WEIGHTED)
+    amax = tl.max(tl.abs(held), axis=0)
+    if not WHOLE:
+        for first in range(HELD, width, HELD):
+            rest = _weighted(x + row * stride, w_scale, first + column, width, WEIGHTED)
+            amax = tl.maximum(amax, tl.max(tl.abs(rest), axis=0))
+    divisor = row_scale(amax)
+    inverse = tl.div_rn(1.0, divisor)
+    tl.store(values + row * width + column, (held * inverse).to(tl.float8e4nv), mask=column < width)
+    if not WHOLE:
+        for first in range(HELD, width, HELD):
+            rest = _weighted(x + row * stride, w_scale, first + column, width, WEIGHTED)
+            place = first + column
+            tl.store(values + row * width + place, (rest * inverse).to(tl.float8e4nv), mask=place < width)
+    tl.store(scale + row, divisor)
+
+
+@triton.jit
+def _weighted(x, w_scale, column, width, WEIGHTED: tl.constexpr):
+    held = tl.load(x + column, mask=column < width, other=0.0).to(tl.float32)
+    if WEIGHTED:
+        held = held * tl.load(w_scale + column, mask=column < width, other=0.0)
+    return held
+
+
+@triton.jit
+def _dense(w, inverse, made, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    here = (row < rows)[:, None] & (column < columns)[None, :]
+    value = tl.load(w + row.to(tl.int64)[:, None] * stride + column[None, :], mask=here, other=0.0).to(tl.float32)
+    value = value * tl.load(inverse + row, mask=row < rows, other=0.0)[:, None]
+    place = row.to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(made + place, value.to(tl.float8e4nv), mask=here)
+
+
+@triton.jit
+def _dense_transposed(w, inverse, made, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Four rows at a time become the bytes of one word, so that the tile is turned around in words."""
+    four = tl.program_id(0) * (ROWS // 4) + tl.arange(0, ROWS // 4)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    here = (four * 4 < rows)[:, None] & (column < columns)[None, :]
+    packed = tl.zeros((ROWS // 4, COLUMNS), tl.int32)
+    for k in tl.static_range(4):
+        row = four * 4 + k
+        value = tl.load(w + row.to(tl.int64)[:, None] * stride + column[None, :], mask=here, other=0.0).to(tl.float32)
+        value = value * tl.load(inverse + row, mask=row < rows, other=0.0)[:, None]
+        packed |= _as_byte(value) << (8 * k)
+    _store_transposed(packed, made, four, column, rows, columns)
+
+
+@triton.jit
+def _nf4(
+    codes, scales, nested, levels, scale_levels, inverse, made, rows, columns, num_nested,
+    DOUBLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    n = tl.arange(0, ROWS * COLUMNS // 8)
+    first_row = tl.program_id(1) * ROWS
+    row = first_row + n // (COLUMNS // 8)
+    column = tl.program_id(0) * COLUMNS + n % (COLUMNS // 8) * 8
+    value = _nf4_values(
+        codes, scales, nested, levels, scale_levels, inverse, first_row, row, column, rows, columns, num_nested, DOUBLE
+    )
+    here = (row < rows) & (column < columns)
+    place = (row.to(tl.int64) * columns + column)[:, None] + tl.arange(0, 8)[None, :]
+    tl.store(made + place, value.to(tl.float8e4nv), mask=here[:, None])
+
+
+@triton.jit
+def _nf4_transposed(
+    codes, scales, nested, levels, scale_levels, inverse, made, rows, columns, num_nested,
+    DOUBLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Four rows at a time become the bytes of one word, so that the tile is turned around in words."""
+    n = tl.arange(0, ROWS // 4 * (COLUMNS // 8))
+    first_row = tl.program_id(0) * ROWS
+    row = first_row + n // (COLUMNS // 8) * 4
+    column = tl.program_id(1) * COLUMNS + n % (COLUMNS // 8) * 8
+    packed = tl.zeros((ROWS // 4 * (COLUMNS // 8), 8), tl.int32)
+    for k in tl.static_range(4):
+        value = _nf4_values(
+            codes, scales, nested, levels, scale_levels, inverse, first_row, row + k, column, rows, columns, num_nested,
+            DOUBLE,
+        )  # fmt: skip
+        packed |= _as_byte(value) << (8 * k)
+    packed = packed.reshape(ROWS // 4, COLUMNS)
+    four = tl.program_id(0) * (ROWS // 4) + tl.arange(0, ROWS // 4)
+    _store_transposed(packed, made, four, tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), rows, columns)
+
+
+@triton.jit
+def _nf4_values(
+    codes, scales, nested, levels, scale_levels, inverse, first_row, row, column, rows, columns, num_nested,
+    DOUBLE: tl.constexpr,
+):  # fmt: skip
+    """The 8 values from each of these places on, times the factor of their row."""
+    here = (row < rows) & (column < columns)
+    base = first_row.to(tl.int64) * columns  # of whole blocks, since 16 divides both
+    place = (row - first_row) * columns + column
+    packed = tl.load(codes + (base >> 3) + (place >> 3), mask=here, other=0, eviction_policy="evict_first")
+    scale = block_scales(scales, nested, scale_levels, (base >> 6) + (place >> 6), here, num_nested, DOUBLE)
+    value = level_of(packed[:, None], levels) * scale[:, None]
+    return value * tl.load(inverse + row, mask=row < rows, other=0.0)[:, None]
+
+
+@triton.jit
+def _as_byte(value):
+    return value.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def _store_transposed(packed, made, four, column, rows, columns):
+    """Words [rows / 4, columns] to [columns, rows / 4] in memory."""
+    place = column.to(tl.int64)[:, None] * (rows // 4) + four[None, :]
+    here = (column < columns)[:, None] & (four < rows // 4)[None, :]
+    tl.store(made + place, tl.trans(packed), mask=here)
