@@ -88,7 +88,9 @@ def add_norm(
     from burnish.kernels.add_norm import add_norm as kernel
 
     stream, rstd, h, scale, ha = kernel(x_TD, y_TD, xa_TR, B_DR, *gain, A_RD, fp8)
-    return Normed(stream, rstd, None, Quantised(h, scale), ha) if fp8 else Normed(stream, rstd, h, None, ha)
+    if scale is None:
+        return Normed(stream, rstd, h, None, ha)
+    return Normed(stream, rstd, None, Quantised(h, scale), ha)
 
 
 def norm_again(
@@ -100,7 +102,7 @@ def norm_again(
     from burnish.kernels.add_norm import norm_again as kernel
 
     h, scale = kernel(x_TD, rstd_T, gain.weight, gain.offset, fp8)
-    return (None, Quantised(h, scale)) if fp8 else (h, None)
+    return (h, None) if scale is None else (None, Quantised(h, scale))
 
 
 def add_norm_backward(given: NormBackward, gain: Gain, wants_weight: bool) -> NormGradient:
@@ -176,8 +178,8 @@ def reference_add_norm_backward(given: NormBackward, gain: Gain, wants_weight: b
 
 def _normed(x_TD: Tensor, rstd_T: Tensor, gain: Gain) -> Tensor:
     wide = _wide(x_TD)
-    # In this order the largest |h| of a row is rstd times its largest |x · gain|, exactly: the kernel finds the scale of
-    # the 8 bits before it has made a single h.
+    # In this order the largest |h| of a row is rstd times its largest |x · gain|, exactly: the kernel knows the scale
+    # of the 8 bits before it has made a single h.
     scaled_TD = x_TD.to(wide) * (gain.weight.to(wide) + gain.offset)
     return (scaled_TD * rstd_T.unsqueeze(1)).to(x_TD.dtype)
 

@@ -1,0 +1,320 @@
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+"""The residual addition and its norm: the twins of `ops.add_norm`.
+
+A program has 16 rows, the fewest that tensor cores take, and walks them in chunks of columns. What needs a statistic of
+the whole row walks them again, the other way round: what was touched last is still in the L2 cache.
+"""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Launch(NamedTuple):
+    """How a kernel of rows is launched."""
+
+    rows: int
+    chunk: int
+    """Columns at a time."""
+    warps: int
+    stages: int
+    """Chunks under way at once: their loads are asynchronous copies into shared memory."""
+
+
+FORWARD = Launch(rows=16, chunk=256, warps=8, stages=3)
+BACKWARD = Launch(rows=16, chunk=256, warps=8, stages=2)  # three big tensors and a low-rank matrix at a time
+# Two programs to a multiprocessor, by their shared memory and registers: one loads while the other waits at the end of
+# a pass, and what they read twice stays in the L2 cache, which more of them would overrun.
+
+
+def add_norm(
+    x: Tensor,
+    y: Tensor | None,
+    xa: Tensor | None,
+    B: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    A: Tensor | None,
+    fp8: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(x', rstd, h, scale of h, ha): h is in 8 bits and has a scale where `fp8`."""
+    num_rows, width = x.shape
+    stream = x if y is None else torch.empty_like(x)
+    rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    h = torch.empty(x.shape, dtype=torch.float8_e4m3fn if fp8 else x.dtype, device=x.device)
+    scale = torch.empty_like(rstd) if fp8 else None
+    ha = None if A is None else torch.empty((num_rows, A.shape[0]), dtype=x.dtype, device=x.device)
+    assert all(part is None or part.is_contiguous() for part in (x, y, xa, B, weight, A))
+    if num_rows:
+        with _on(x):
+            _add_norm[(triton.cdiv(num_rows, FORWARD.rows),)](
+                x, y, xa, B, weight, A, stream, rstd, h, scale, ha, num_rows, eps, offset,
+                D=width, SUM=y is not None, FP8=fp8, **_sizes(FORWARD, width, A, B),
+            )  # fmt: skip
+    return stream, rstd, h, scale, ha
+
+
+def norm_again(x: Tensor, rstd: Tensor, weight: Tensor, offset: float, fp8: bool) -> tuple[Tensor, Tensor | None]:
+    """(h, its scale where `fp8`)."""
+    num_rows, width = x.shape
+    h = torch.empty(x.shape, dtype=torch.float8_e4m3fn if fp8 else x.dtype, device=x.device)
+    scale = torch.empty_like(rstd) if fp8 else None
+    assert all(part.is_contiguous() for part in (x, rstd, weight))
+    block = _power_of_two(width)
+    if num_rows:
+        with _on(x):
+            # 16 values to a thread, a whole row in registers.
+            _norm_again[(num_rows,)](
+                x, rstd, weight, h, scale, offset,
+                D=width, FP8=fp8, BLOCK=block, num_warps=max(1, min(block // 512, 16)),
+            )  # fmt: skip
+    return h, scale
+
+
+def add_norm_backward(
+    dh: Tensor,
+    x: Tensor,
+    rstd: Tensor,
+    dx_new: Tensor | None,
+    dha: Tensor | None,
+    A: Tensor | None,
+    ha: Tensor | None,
+    B: Tensor | None,
+    w_scale: Tensor | None,
+    weight: Tensor,
+    offset: float,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dxa, dx8, scale of dx8, dweight)."""
+    num_rows, width = x.shape
+    num_programs = triton.cdiv(num_rows, BACKWARD.rows)
+    dx = torch.empty_like(x)
+    dxa = None if B is None else torch.empty((num_rows, B.shape[1]), dtype=x.dtype, device=x.device)
+    dx8 = None if w_scale is None else torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = None if w_scale is None else torch.empty_like(rstd)
+    # One row of sums for each program, added up in a fixed order below: no atomics.
+    parts = torch.empty((num_programs, width), dtype=torch.float32, device=x.device) if wants_weight else None
+    assert all(part is None or part.is_contiguous() for part in (dh, x, rstd, dx_new, dha, A, ha, B, w_scale, weight))
+    if num_rows:
+        with _on(x):
+            _add_norm_backward[(num_programs,)](
+                dh, x, rstd, dx_new, dha, A, ha, B, w_scale, weight, dx, dxa, dx8, scale, parts, num_rows, offset,
+                D=width, STREAM=dx_new is not None, FP8=w_scale is not None, WEIGHT=wants_weight,
+                **_sizes(BACKWARD, width, A, B),
+            )  # fmt: skip
+    return dx, dxa, dx8, scale, None if parts is None else parts.sum(dim=0)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _add_norm(
+    x, y, xa, B, weight, A, stream, rstd, h, scale, ha, num_rows, eps, offset,
+    D: tl.constexpr, ADDED: tl.constexpr, READ: tl.constexpr, ADDED_PAD: tl.constexpr, READ_PAD: tl.constexpr,
+    SUM: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * ROWS  # only this needs 64 bits: places are counted from here
+    row = tl.arange(0, ROWS)
+    real = first + row < num_rows
+    dtype: tl.constexpr = x.dtype.element_ty
+    if ADDED:
+        added = tl.arange(0, ADDED_PAD)
+        valid = real[:, None] & (added < ADDED)
+        low = tl.load(xa + first * ADDED + (row[:, None] * ADDED + added), mask=valid, other=0.0)
+    # Sums and maxima are kept by columns of the chunk: one reduction over threads at the end, not one for each chunk.
+    squares = tl.zeros((ROWS, CHUNK), tl.float32)
+    largest = tl.zeros((ROWS, CHUNK), tl.float32)
+    for start in tl.range(0, D, CHUNK, num_stages=STAGES):
+        column = start + tl.arange(0, CHUNK)
+        mask = real[:, None] & (column < D)
+        place = row[:, None] * D + column
+        value = tl.load(x + first * D + place, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if SUM:
+            value += tl.load(y + first * D + place, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            if ADDED:
+                b = _columns_of(B, column, added, ADDED, D)
+                value += tl.dot(low, tl.trans(b), input_precision="ieee")
+            rounded = value.to(dtype)
+            tl.store(stream + first * D + place, rounded, mask=mask)
+            value = rounded.to(tl.float32)
+        squares += value * value
+        if FP8:
+            largest = tl.maximum(largest, tl.abs(value * _gain(weight, column, offset, D)[None, :]))
+    inverse_rms = tl.rsqrt(tl.sum(squares, axis=1) / D + eps)
+    tl.store(rstd + first + row, inverse_rms, mask=real)
+    if FP8:
+        divisor = _row_scale((tl.max(largest, axis=1) * inverse_rms).to(dtype).to(tl.float32))
+        tl.store(scale + first + row, divisor, mask=real)
+    if READ:
+        read = tl.arange(0, READ_PAD)
+        product = tl.zeros((ROWS, READ_PAD), tl.float32)
+    tl.debug_barrier()  # threads read below what others of the program have written above
+    for back in tl.range(0, tl.cdiv(D, CHUNK), num_stages=STAGES):
+        column = (tl.cdiv(D, CHUNK) - 1 - back) * CHUNK + tl.arange(0, CHUNK)
+        mask = real[:, None] & (column < D)
+        place = row[:, None] * D + column
+        value = tl.load(stream + first * D + place, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        normed = (value * _gain(weight, column, offset, D)[None, :] * inverse_rms[:, None]).to(dtype)
+        if FP8:
+            tl.store(h + first * D + place, _in_8_bits(normed.to(tl.float32), divisor[:, None]), mask=mask)
+        else:
+            tl.store(h + first * D + place, normed, mask=mask)
+        if READ:
+            a = _rows_of(A, read, column, READ, D)
+            product = tl.dot(normed, tl.trans(a), product, input_precision="ieee")
+    if READ:
+        valid = real[:, None] & (read < READ)
+        tl.store(ha + first * READ + (row[:, None] * READ + read), product.to(dtype), mask=valid)
+
+
+@triton.jit
+def _norm_again(x, rstd, weight, h, scale, offset, D: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < D
+    value = tl.load(x + row * D + column, mask=mask, other=0.0).to(tl.float32)
+    normed = (value * _gain(weight, column, offset, D) * tl.load(rstd + row)).to(x.dtype.element_ty)
+    if FP8:
+        wide = normed.to(tl.float32)
+        divisor = _row_scale(tl.max(tl.abs(wide), axis=0))
+        tl.store(scale + row, divisor)
+        tl.store(h + row * D + column, _in_8_bits(wide, divisor), mask=mask)
+    else:
+        tl.store(h + row * D + column, normed, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _add_norm_backward(
+    dh, x, rstd, dx_new, dha, A, ha, B, w_scale, weight, dx, dxa, dx8, scale, parts, num_rows, offset,
+    D: tl.constexpr, ADDED: tl.constexpr, READ: tl.constexpr, ADDED_PAD: tl.constexpr, READ_PAD: tl.constexpr,
+    STREAM: tl.constexpr, FP8: tl.constexpr, WEIGHT: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * ROWS  # only this needs 64 bits: places are counted from here
+    row = tl.arange(0, ROWS)
+    real = first + row < num_rows
+    dtype: tl.constexpr = x.dtype.element_ty
+    inverse_rms = tl.load(rstd + first + row, mask=real, other=0.0)
+    # First the mean of g · gain · x̂ over each row. Its low-rank part is (dha A) · h = dha · (h Aᵀ) = dha · ha.
+    products = tl.zeros((ROWS, CHUNK), tl.float32)
+    for start in tl.range(0, D, CHUNK, num_stages=STAGES):
+        column = start + tl.arange(0, CHUNK)
+        mask = real[:, None] & (column < D)
+        place = row[:, None] * D + column
+        value = tl.load(x + first * D + place, mask=mask, other=0.0).to(tl.float32)
+        arrived = tl.load(dh + first * D + place, mask=mask, other=0.0).to(tl.float32)
+        products += arrived * _gain(weight, column, offset, D)[None, :] * value
+    mean = tl.sum(products, axis=1) * inverse_rms
+    if READ:
+        read = tl.arange(0, READ_PAD)
+        short = row[:, None] * READ + read
+        valid = real[:, None] & (read < READ)
+        low = tl.load(dha + first * READ + short, mask=valid, other=0.0)
+        kept = tl.load(ha + first * READ + short, mask=valid, other=0.0)
+        mean += tl.sum(low.to(tl.float32) * kept.to(tl.float32), axis=1)
+    mean /= D
+
+    # Then dx. Its product with B waits for the next pass: with two dots in one loop, the second of the first, Triton
+    # would have every warp compute all of both.
+    largest = tl.zeros((ROWS, CHUNK), tl.float32)
+    for back in tl.range(0, tl.cdiv(D, CHUNK), num_stages=STAGES):
+        column = (tl.cdiv(D, CHUNK) - 1 - back) * CHUNK + tl.arange(0, CHUNK)
+        mask = real[:, None] & (column < D)
+        place = row[:, None] * D + column
+        unit = tl.load(x + first * D + place, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        unit *= inverse_rms[:, None]
+        g = tl.load(dh + first * D + place, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if READ:
+            g += tl.dot(low, _rows_of(A, read, column, READ, D), input_precision="ieee")
+        if WEIGHT:
+            tl.store(parts + tl.program_id(0).to(tl.int64) * D + column, tl.sum(g * unit, axis=0), mask=column < D)
+        change = inverse_rms[:, None] * (g * _gain(weight, column, offset, D)[None, :] - unit * mean[:, None])
+        if STREAM:
+            came = tl.load(dx_new + first * D + place, mask=mask, other=0.0, eviction_policy="evict_first")
+            change += came.to(tl.float32)
+        rounded = change.to(dtype)
+        tl.store(dx + first * D + place, rounded, mask=mask)
+        if FP8:
+            factor = tl.load(w_scale + column, mask=column < D, other=0.0)
+            largest = tl.maximum(largest, tl.abs(rounded.to(tl.float32) * factor[None, :]))
+
+    if FP8:
+        divisor = _row_scale(tl.max(largest, axis=1))
+        tl.store(scale + first + row, divisor, mask=real)
+    if ADDED:
+        added = tl.arange(0, ADDED_PAD)
+        product = tl.zeros((ROWS, ADDED_PAD), tl.float32)
+    if FP8 or ADDED:
+        tl.debug_barrier()  # threads read below what others of the program have written above
+        for start in tl.range(0, D, CHUNK, num_stages=STAGES):
+            column = start + tl.arange(0, CHUNK)
+            mask = real[:, None] & (column < D)
+            place = row[:, None] * D + column
+            value = tl.load(dx + first * D + place, mask=mask, other=0.0)
+            if ADDED:
+                product = tl.dot(value, _columns_of(B, column, added, ADDED, D), product, input_precision="ieee")
+            if FP8:
+                factor = tl.load(w_scale + column, mask=column < D, other=0.0)
+                scaled = value.to(tl.float32) * factor[None, :]
+                tl.store(dx8 + first * D + place, _in_8_bits(scaled, divisor[:, None]), mask=mask)
+    if ADDED:
+        valid = real[:, None] & (added < ADDED)
+        tl.store(dxa + first * ADDED + (row[:, None] * ADDED + added), product.to(dtype), mask=valid)
+
+
+@triton.jit
+def _gain(weight, column, offset, D: tl.constexpr):
+    return tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32) + offset
+
+
+@triton.jit
+def _rows_of(A, read, column, READ: tl.constexpr, D: tl.constexpr):
+    """Columns of A, which every program reads: they stay in the L2 cache."""
+    mask = (read < READ)[:, None] & (column < D)
+    return tl.load(A + read[:, None] * D + column, mask=mask, other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def _columns_of(B, column, added, ADDED: tl.constexpr, D: tl.constexpr):
+    mask = (column < D)[:, None] & (added < ADDED)
+    return tl.load(B + column[:, None] * ADDED + added, mask=mask, other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def _row_scale(amax):
+    divisor = tl.div_rn(amax, 448.0)
+    return tl.where(divisor == 0.0, 1.0, divisor)
+
+
+@triton.jit
+def _in_8_bits(value, divisor):
+    """value / divisor, rounded once as a division is, without its cost: one reciprocal to a row, then two corrections.
+
+    (Markstein 1990.) A row below 2⁻¹²⁶, whose reciprocal may be infinite, becomes zeros.
+    """
+    inverse = tl.where(divisor < 1.1754943508222875e-38, 0.0, tl.div_rn(1.0, divisor))
+    quotient = value * inverse
+    return tl.fma(tl.fma(-quotient, divisor, value), inverse, quotient).to(tl.float8e4nv)
+
+
+def _sizes(launch: Launch, width: int, A: Tensor | None, B: Tensor | None) -> dict[str, int]:
+    read, added = 0 if A is None else A.shape[0], 0 if B is None else B.shape[1]
+    read_pad, added_pad = _power_of_two(read), _power_of_two(added)
+    # The chunks under way must fit into shared memory, where those of a matrix of rank 64 are the largest part.
+    chunk = min(_power_of_two(width), launch.chunk * 64 // max(64, read_pad, added_pad))
+    return {
+        **{"READ": read, "READ_PAD": read_pad, "ADDED": added, "ADDED_PAD": added_pad},
+        **{"ROWS": launch.rows, "CHUNK": max(16, chunk), "STAGES": launch.stages, "num_warps": launch.warps},
+    }
+
+
+def _power_of_two(count: int) -> int:
+    """The first that is not smaller, and at least 16, which tensor cores ask for."""
+    return max(16, 1 << (count - 1).bit_length())
+
+
+def _on(x: Tensor) -> torch.cuda.device | nullcontext[None]:
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
