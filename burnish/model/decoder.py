@@ -11,7 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from burnish.model.blocks import Attend, Block, Embedding, Norm, Pass, SelfAttention, Weights
 from burnish.model.cache import Cache
 from burnish.model.families import DecoderConfig
+from burnish.model.fused import FusedBlocks, supported
 from burnish.model.linear import Linear
+from burnish.model.shelf import Plan, keep_everything
 from burnish.model.storage import Dense
 from burnish.ops.attention import packed_layout, rotary_table, wants_padding
 from burnish.ops.log_probs import chunk_rows, head_logits, target_log_probs
@@ -56,6 +58,8 @@ class Decoder(nn.Module):
         self.dtype = dtype
         self.checkpointing = False
         self.compiled = False
+        self.fused: FusedBlocks | None = None
+        self.plan: Plan = keep_everything(len(config.layers))
         self.model = Trunk(config, weights)
         if config.tied:
             self.lm_head = Linear(_share(self.model.embed_tokens.weight))
@@ -138,8 +142,17 @@ class Decoder(nn.Module):
             layer.compile(backend=backend)
         self.compiled = True
 
+    def fuse_blocks(self, fp8: bool = False) -> bool:
+        """Run the blocks by hand from now on wherever that can be (`model/fused.py`); whether this decoder's can."""
+        blocks = [cast(Block, layer) for layer in self.model.layers]
+        if supported(self.config, blocks):
+            self.fused = FusedBlocks(blocks, self.model.norm, self.config, fp8)
+        return self.fused is not None
+
     def _run(self, tokens_T: Tensor, given: Pass, adapter: str | None) -> Tensor:
         hidden_TD = self.model.embed_tokens(tokens_T, self.dtype)
+        if self.fused is not None and given.cache is None and self.fused.takes(adapter, self.training):
+            return self.fused(hidden_TD, given, adapter, self.plan)
         for layer in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 hidden_TD = checkpoint(layer, hidden_TD, given, adapter, use_reentrant=False)

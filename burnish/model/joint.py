@@ -1,0 +1,102 @@
+"""Linear layers that read the same input, as one matrix: q, k and v; gate and up."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from burnish.model.linear import Linear
+from burnish.model.storage import NF4, Dense
+from burnish.ops.fp8 import FP8, dense_to_fp8, nf4_to_fp8, nf4_weight_scale, weight_scale
+from burnish.ops.nf4 import dequantise
+
+
+class Joint:
+    """Layers one below the other, so that one matmul serves them all.
+
+    Dense weights that lie side by side (`lay_side_by_side`) are used where they are; others are written into fresh
+    memory for each use, which is free again when the product is done.
+    """
+
+    def __init__(self, layers: Sequence[Linear]) -> None:
+        self.layers = list(layers)
+        self.widths = [layer.shape[0] for layer in layers]
+        self.shape = (sum(self.widths), layers[0].shape[1])
+        self._row_scale: Tensor | None = None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The biases end to end; None where there is none."""
+        biases = [layer.bias for layer in self.layers]
+        return None if biases[0] is None else torch.cat([cast(Tensor, bias).detach() for bias in biases])
+
+    @property
+    def weights(self) -> list[nn.Parameter | None]:
+        """The weight of each layer where it can be trained, else None."""
+        return [layer.stored.weight if isinstance(layer.stored, Dense) else None for layer in self.layers]
+
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "O I"]:
+        """The joint weight in `dtype`."""
+        stored = [layer.stored for layer in self.layers]
+        if all(isinstance(part, Dense) and part.weight.dtype == dtype for part in stored):
+            joined = _joined([cast(Dense, part).weight.detach() for part in stored])
+            if joined is not None:
+                return joined
+        weight = torch.empty(self.shape, dtype=dtype, device=next(stored[0].parameters()).device)
+        for layer, rows in zip(self.layers, weight.split(self.widths), strict=True):
+            if isinstance(layer.stored, NF4):
+                codes, scales, nested = layer.stored.parts
+                dequantise(codes, scales, nested, layer.shape, dtype, out=rows)
+            else:
+                rows.copy_(layer.weight.dense(dtype))
+        return weight
+
+    def row_scale(self) -> Float[Tensor, " O"]:
+        """What each row is divided by for 8 bits: found once, since the weights are frozen."""
+        if self._row_scale is None:
+            scales = [
+                nf4_weight_scale(*layer.stored.parts, layer.shape)
+                if isinstance(layer.stored, NF4)
+                else weight_scale(layer.weight.dense(torch.bfloat16))
+                for layer in self.layers
+            ]
+            self._row_scale = torch.cat(scales)
+        return self._row_scale
+
+    def fp8(self, transposed: bool) -> Float[Tensor, "O I"] | Float[Tensor, "I O"]:
+        """The joint weight divided by `row_scale` in 8 bits, [O, I] or transposed: contiguous either way."""
+        shape = self.shape[::-1] if transposed else self.shape
+        scale = self.row_scale()
+        weight = torch.empty(shape, dtype=FP8, device=scale.device)
+        pieces = weight.split(self.widths, dim=1 if transposed else 0)
+        for layer, piece, rows in zip(self.layers, pieces, scale.split(self.widths), strict=True):
+            if isinstance(layer.stored, NF4):
+                nf4_to_fp8(*layer.stored.parts, layer.shape, rows, transposed, out=piece)
+            else:
+                dense_to_fp8(layer.weight.dense(torch.bfloat16), rows, transposed, out=piece)
+        return weight
+
+
+def lay_side_by_side(layers: Sequence[Linear]) -> None:
+    """Move the dense weights of these layers into one block of memory, one after the other; others are left alone."""
+    weights = [layer.stored.weight for layer in layers if isinstance(layer.stored, Dense)]
+    if len(weights) < len(layers) or len({weight.dtype for weight in weights}) > 1 or _joined(weights) is not None:
+        return
+    joined = torch.cat([weight.detach() for weight in weights])
+    for weight, rows in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
+        weight.data = rows
+
+
+def _joined(weights: Sequence[Tensor]) -> Tensor | None:
+    """Weights that lie one after the other in memory as one tensor; None where they do not."""
+    first = weights[0]
+    end = first.storage_offset()
+    for weight in weights:
+        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or weight.storage_offset() != end or not weight.is_contiguous():
+            return None
+        end += weight.numel()
+    rows = sum(len(weight) for weight in weights)
+    return first.as_strided((rows, first.shape[1]), (first.shape[1], 1), first.storage_offset())
