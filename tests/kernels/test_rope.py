@@ -1,0 +1,124 @@
+"""The kernels of rotation against the reference, in Triton's interpreter."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from burnish.kernels import rope as kernels
+from burnish.ops.attention import rotary_table
+from burnish.ops.rope import Heads, rope, rope_backward
+from tests.kernels.casts import right_casts
+
+__all__ = ["right_casts"]
+pytestmark = pytest.mark.usefixtures("right_casts")
+Bs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Case(NamedTuple):
+    """What `rope` is given."""
+
+    total: int
+    heads: Heads
+    pairs: int
+    rank: int
+    bias: bool
+
+
+CASES = [
+    Case(17, Heads(2, 2, 32), pairs=16, rank=16, bias=False),
+    Case(33, Heads(9, 3, 40), pairs=10, rank=16, bias=True),  # grouped, partial, more heads than a program has
+    Case(1, Heads(2, 1, 80), pairs=40, rank=32, bias=True),
+    Case(5, Heads(3, 1, 16), pairs=8, rank=0, bias=False),
+    Case(40, Heads(2, 2, 24), pairs=4, rank=0, bias=False),
+    Case(3, Heads(2, 1, 24), pairs=12, rank=0, bias=True),
+    Case(4, Heads(2, 1, 16), pairs=8, rank=24, bias=False),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory holds NaN, so that a value the kernel does not write shows."""
+    empty = torch.empty
+
+    def poison(*size: object, **options: object) -> torch.Tensor:
+        made = empty(*size, **options)
+        return made.view(torch.uint8).fill_(0x7F).view(made.dtype) if made.itemsize == 1 else made.fill_(float("nan"))
+
+    monkeypatch.setattr(torch, "empty", poison)
+
+
+def drawn(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None, Bs | None, torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, width = case.heads
+    sizes = (queries * width, keys * width, keys * width)
+    parts = [torch.randn(size, max(case.rank, 1), generator=generator).to(dtype) * 0.3 for size in sizes]
+    qkv = torch.randn(case.total, sum(sizes), generator=generator).to(dtype)
+    bias = torch.randn(sum(sizes), generator=generator).to(dtype) if case.bias else None
+    if not case.rank:
+        return qkv, None, None, bias
+    return qkv, torch.randn(case.total, 3 * case.rank, generator=generator).to(dtype), (*parts,), bias
+
+
+def angles(case: Case, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    frequencies = tuple(10 ** (-i / case.pairs) for i in range(case.pairs))
+    cos, sin = rotary_table(torch.arange(case.total) * 7 % 31, frequencies, scale=1.1)
+    return cos.to(dtype), sin.to(dtype)
+
+
+def doubled(*given: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [None if x is None else x.double() for x in given]
+
+
+def assert_within_twice(ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+    assert bool(torch.isfinite(ours).all())
+    floor = torch.finfo(ours.dtype).eps * exact.norm() * 0.01
+    assert (ours.double() - exact).norm() <= 2 * (plain.double() - exact).norm() + floor
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("case", CASES)
+def test_forward_errs_at_most_twice_as_much_as_the_reference(case: Case, dtype: torch.dtype) -> None:
+    qkv, xa, low, bias = drawn(case, dtype)
+    ours, plain, exact = qkv.clone(), qkv.clone(), qkv.double()
+    kernels.rope(ours, xa, low, bias, angles(case), case.heads)
+    rope(plain, xa, low, bias, angles(case), case.heads)
+    wide_xa, wide_bias, *wide_low = doubled(xa, bias, *(low or ()))
+    rope(exact, wide_xa, (*wide_low,) if low else None, wide_bias, angles(case, torch.float64), case.heads)
+    assert_within_twice(ours, plain, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_backward_errs_at_most_twice_as_much_as_the_reference(case: Case, fp8: bool, dtype: torch.dtype) -> None:
+    gradient, _, low, _ = drawn(case, dtype)
+    queries, keys, width = case.heads
+    # Of three layouts: a slice of a wider buffer, heads before tokens, tokens before heads.
+    parts = gradient.unflatten(1, (-1, width)).split((queries, keys, keys), dim=1)
+    dq, dk, dv = parts[0], parts[1].transpose(0, 1).contiguous().transpose(0, 1), parts[2].contiguous()
+    w_scale = torch.rand(gradient.shape[1], generator=torch.Generator().manual_seed(1)) + 0.1 if fp8 else None
+    dqkv, dxa, rows = kernels.rope_backward(dq, dk, dv, angles(case), low, w_scale)
+    plain = rope_backward(dq, dk, dv, angles(case), low, w_scale)
+    wide_low = [part.double() for part in low or ()]
+    wide = [d.double() for d in (dq, dk, dv)]
+    exact = rope_backward(*wide, angles(case, torch.float64), (*wide_low,) if low else None, None)
+    assert_within_twice(dqkv, plain.dqkv, exact.dqkv)
+    assert (dxa is None) == (low is None)
+    if dxa is not None:
+        assert_within_twice(dxa, plain.dxa, exact.dxa)
+    assert (rows is None) == (w_scale is None)
+    if rows is not None and w_scale is not None and plain.dqkv8 is not None:
+        torch.testing.assert_close(rows[1], plain.dqkv8.scale, rtol=2e-3, atol=0)
+        exact8 = exact.dqkv * w_scale
+        found, reference = (v.float() * s[:, None] for v, s in (rows, plain.dqkv8))
+        assert_within_twice(found, reference, exact8)
+
+
+def test_a_row_of_zeros_has_the_scale_one() -> None:
+    case = CASES[0]
+    zeros = [torch.zeros(case.total, 2, 32, dtype=torch.float16) for _ in range(3)]
+    _, _, rows = kernels.rope_backward(*zeros, angles(case), None, torch.ones(6 * 32))
+    assert rows is not None
+    assert torch.equal(rows[1], torch.ones(case.total))
+    assert torch.equal(rows[0].float(), torch.zeros(case.total, 6 * 32))
