@@ -28,26 +28,27 @@ def quantise_rows(x_TK: Tensor, w_scale_K: Tensor | None) -> tuple[Tensor, Tenso
     return values, scale
 
 
-def dense_to_fp8(w_OI: Tensor, inverse_O: Tensor, transposed: bool, made: Tensor) -> Tensor:
-    """`made`, filled with w * inverse[:, None]; its sides are multiples of 16."""
+def dense_to_fp8(w_OI: Tensor, w_scale_O: Tensor, transposed: bool, made: Tensor) -> Tensor:
+    """`made`, filled with w / w_scale[:, None]; its sides are multiples of 16."""
     assert w_OI.stride(1) == 1
     rows, columns = w_OI.shape
     with _on(w_OI):
         if transposed:
             _dense_transposed[(triton.cdiv(rows, 128), triton.cdiv(columns, 64))](
                 w_OI,
-                inverse_O,
+                w_scale_O,
                 made.view(torch.int32),
                 rows,
                 columns,
                 w_OI.stride(0),
+                made.stride(0) // 4,
                 ROWS=128,
                 COLUMNS=64,
                 num_warps=4,
             )
         else:
             _dense[(triton.cdiv(columns, 512), triton.cdiv(rows, 8))](
-                w_OI, inverse_O, made, rows, columns, w_OI.stride(0), ROWS=8, COLUMNS=512, num_warps=4
+                w_OI, w_scale_O, made, rows, columns, w_OI.stride(0), ROWS=8, COLUMNS=512, num_warps=4
             )
     return made
 
@@ -56,23 +57,23 @@ def nf4_to_fp8(
     parts: tuple[Tensor, Tensor, Tensor],
     tables: tuple[Tensor, Tensor],
     shape: tuple[int, int],
-    inverse_O: Tensor,
+    w_scale_O: Tensor,
     transposed: bool,
     made: Tensor,
 ) -> Tensor:
-    """`made`, filled with the values of the codes * inverse[:, None].
+    """`made`, filled with the values of the codes / w_scale[:, None].
 
     `parts` and `tables` are those of `kernels.nf4.dequantise`; the sides of the weight are multiples of 16.
     """
     codes, scales, nested = parts
     rows, columns = shape
-    given = (codes.view(torch.int32), scales, nested, *tables, inverse_O)
+    given = (codes.view(torch.int32), scales, nested, *tables, w_scale_O)
     counts = (rows, columns, max(nested.numel() - 1, 0))
     double = nested.numel() > 0
     with _on(codes):
         if transposed:
             _nf4_transposed[(triton.cdiv(rows, 128), triton.cdiv(columns, 128))](
-                *given, made.view(torch.int32), *counts, DOUBLE=double, ROWS=128, COLUMNS=128, num_warps=8,
+                *given, made.view(torch.int32), *counts, made.stride(0) // 4, DOUBLE=double, ROWS=128, COLUMNS=128, num_warps=8,
                 enable_fp_fusion=False,
             )  # fmt: skip
         else:
@@ -93,6 +94,12 @@ def row_scale(amax):
 
 
 @triton.jit
+def reciprocal(w_scale, row, rows):
+    """What the values of these rows are multiplied by, in fp32."""
+    return tl.div_rn(1.0, tl.load(w_scale + row, mask=row < rows, other=1.0))
+
+
+@triton.jit
 def _quantise_rows(
     x, w_scale, values, scale, width, stride,
     WEIGHTED: tl.constexpr, HELD: tl.constexpr, WHOLE: tl.constexpr,
@@ -106,13 +113,13 @@ def _quantise_rows(
             rest = _weighted(x + row * stride, w_scale, first + column, width, WEIGHTED)
             amax = tl.maximum(amax, tl.max(tl.abs(rest), axis=0))
     divisor = row_scale(amax)
-    inverse = tl.div_rn(1.0, divisor)
-    tl.store(values + row * width + column, (held * inverse).to(tl.float8e4nv), mask=column < width)
+    factor = tl.div_rn(1.0, divisor)
+    tl.store(values + row * width + column, (held * factor).to(tl.float8e4nv), mask=column < width)
     if not WHOLE:
         for first in range(HELD, width, HELD):
             rest = _weighted(x + row * stride, w_scale, first + column, width, WEIGHTED)
             place = first + column
-            tl.store(values + row * width + place, (rest * inverse).to(tl.float8e4nv), mask=place < width)
+            tl.store(values + row * width + place, (rest * factor).to(tl.float8e4nv), mask=place < width)
     tl.store(scale + row, divisor)
 
 
@@ -125,18 +132,18 @@ def _weighted(x, w_scale, column, width, WEIGHTED: tl.constexpr):
 
 
 @triton.jit
-def _dense(w, inverse, made, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _dense(w, w_scale, made, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     here = (row < rows)[:, None] & (column < columns)[None, :]
     value = tl.load(w + row.to(tl.int64)[:, None] * stride + column[None, :], mask=here, other=0.0).to(tl.float32)
-    value = value * tl.load(inverse + row, mask=row < rows, other=0.0)[:, None]
+    value = value * reciprocal(w_scale, row, rows)[:, None]
     place = row.to(tl.int64)[:, None] * columns + column[None, :]
     tl.store(made + place, value.to(tl.float8e4nv), mask=here)
 
 
 @triton.jit
-def _dense_transposed(w, inverse, made, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _dense_transposed(w, w_scale, made, rows, columns, stride, pitch, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Four rows at a time become the bytes of one word, so that the tile is turned around in words."""
     four = tl.program_id(0) * (ROWS // 4) + tl.arange(0, ROWS // 4)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -145,14 +152,14 @@ def _dense_transposed(w, inverse, made, rows, columns, stride, ROWS: tl.constexp
     for k in tl.static_range(4):
         row = four * 4 + k
         value = tl.load(w + row.to(tl.int64)[:, None] * stride + column[None, :], mask=here, other=0.0).to(tl.float32)
-        value = value * tl.load(inverse + row, mask=row < rows, other=0.0)[:, None]
+        value = value * reciprocal(w_scale, row, rows)[:, None]
         packed |= _as_byte(value) << (8 * k)
-    _store_transposed(packed, made, four, column, rows, columns)
+    _store_transposed(packed, made, four, column, rows, columns, pitch)
 
 
 @triton.jit
 def _nf4(
-    codes, scales, nested, levels, scale_levels, inverse, made, rows, columns, num_nested,
+    codes, scales, nested, levels, scale_levels, w_scale, made, rows, columns, num_nested,
     DOUBLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     n = tl.arange(0, ROWS * COLUMNS // 8)
@@ -160,7 +167,7 @@ def _nf4(
     row = first_row + n // (COLUMNS // 8)
     column = tl.program_id(0) * COLUMNS + n % (COLUMNS // 8) * 8
     value = _nf4_values(
-        codes, scales, nested, levels, scale_levels, inverse, first_row, row, column, rows, columns, num_nested, DOUBLE
+        codes, scales, nested, levels, scale_levels, w_scale, first_row, row, column, rows, columns, num_nested, DOUBLE
     )
     here = (row < rows) & (column < columns)
     place = (row.to(tl.int64) * columns + column)[:, None] + tl.arange(0, 8)[None, :]
@@ -169,7 +176,7 @@ def _nf4(
 
 @triton.jit
 def _nf4_transposed(
-    codes, scales, nested, levels, scale_levels, inverse, made, rows, columns, num_nested,
+    codes, scales, nested, levels, scale_levels, w_scale, made, rows, columns, num_nested, pitch,
     DOUBLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Four rows at a time become the bytes of one word, so that the tile is turned around in words."""
@@ -180,28 +187,28 @@ def _nf4_transposed(
     packed = tl.zeros((ROWS // 4 * (COLUMNS // 8), 8), tl.int32)
     for k in tl.static_range(4):
         value = _nf4_values(
-            codes, scales, nested, levels, scale_levels, inverse, first_row, row + k, column, rows, columns, num_nested,
+            codes, scales, nested, levels, scale_levels, w_scale, first_row, row + k, column, rows, columns, num_nested,
             DOUBLE,
         )  # fmt: skip
         packed |= _as_byte(value) << (8 * k)
     packed = packed.reshape(ROWS // 4, COLUMNS)
     four = tl.program_id(0) * (ROWS // 4) + tl.arange(0, ROWS // 4)
-    _store_transposed(packed, made, four, tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), rows, columns)
+    _store_transposed(packed, made, four, tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), rows, columns, pitch)
 
 
 @triton.jit
 def _nf4_values(
-    codes, scales, nested, levels, scale_levels, inverse, first_row, row, column, rows, columns, num_nested,
+    codes, scales, nested, levels, scale_levels, w_scale, first_row, row, column, rows, columns, num_nested,
     DOUBLE: tl.constexpr,
 ):  # fmt: skip
-    """The 8 values from each of these places on, times the factor of their row."""
+    """The 8 values from each of these places on, over the scale of their row."""
     here = (row < rows) & (column < columns)
     base = first_row.to(tl.int64) * columns  # of whole blocks, since 16 divides both
     place = (row - first_row) * columns + column
     packed = tl.load(codes + (base >> 3) + (place >> 3), mask=here, other=0, eviction_policy="evict_first")
     scale = block_scales(scales, nested, scale_levels, (base >> 6) + (place >> 6), here, num_nested, DOUBLE)
     value = level_of(packed[:, None], levels) * scale[:, None]
-    return value * tl.load(inverse + row, mask=row < rows, other=0.0)[:, None]
+    return value * reciprocal(w_scale, row, rows)[:, None]
 
 
 @triton.jit
@@ -210,8 +217,8 @@ def _as_byte(value):
 
 
 @triton.jit
-def _store_transposed(packed, made, four, column, rows, columns):
-    """Words [rows / 4, columns] to [columns, rows / 4] in memory."""
-    place = column.to(tl.int64)[:, None] * (rows // 4) + four[None, :]
+def _store_transposed(packed, made, four, column, rows, columns, pitch):
+    """Words [rows / 4, columns] to [columns, rows / 4] in memory, rows of it `pitch` words apart."""
+    place = column.to(tl.int64)[:, None] * pitch + four[None, :]
     here = (column < columns)[:, None] & (four < rows // 4)[None, :]
     tl.store(made + place, tl.trans(packed), mask=here)

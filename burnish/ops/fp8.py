@@ -38,7 +38,7 @@ class Quantised(NamedTuple):
 
 def quantise_rows(x_TK: Float[Tensor, "T K"], w_scale_K: Float[Tensor, " K"] | None = None) -> Quantised:
     """x, times `w_scale` by columns where that is given, in 8 bits."""
-    if _native(x_TK.device) and x_TK.dtype in _HALF:
+    if _has_kernels(x_TK.device) and x_TK.dtype in _HALF:
         from burnish.kernels.fp8 import quantise_rows as kernel
 
         return Quantised(*kernel(x_TK, w_scale_K))
@@ -104,16 +104,18 @@ def dense_to_fp8(
     transposed: bool,
     out: Float[Tensor, "..."] | None = None,
 ) -> Float[Tensor, "..."]:
-    """The weight over its scales in e4m3, [O, I], or [I, O] where `transposed`; in `out` where that is given."""
-    inverse_O = w_scale_O.float().reciprocal()
+    """The weight over its scales in e4m3, [O, I], or [I, O] where `transposed`; in `out` where that is given.
+
+    A transposed `out` may be columns of a larger matrix.
+    """
     shape = (w_OI.shape[0], w_OI.shape[1])
     made = _given(out, shape, transposed, w_OI.device)
-    if _native(w_OI.device) and w_OI.dtype in _HALF and _in_tiles(shape):
+    if _has_kernels(w_OI.device) and w_OI.dtype in _HALF and _in_tiles(shape):
         from burnish.kernels.fp8 import dense_to_fp8 as kernel
 
-        return kernel(w_OI, inverse_O, transposed, made)
+        return kernel(w_OI, w_scale_O, transposed, made)
     wide_OI = _wide(w_OI)
-    values_OI = (wide_OI * inverse_O.to(wide_OI.dtype).unsqueeze(1)).to(FP8)
+    values_OI = (wide_OI * w_scale_O.reciprocal().to(wide_OI.dtype).unsqueeze(1)).to(FP8)
     return made.copy_(values_OI.T if transposed else values_OI)
 
 
@@ -127,13 +129,12 @@ def nf4_to_fp8(
     out: Float[Tensor, "..."] | None = None,
 ) -> Float[Tensor, "..."]:
     """`dense_to_fp8` of what the codes stand for, in fp32: no dense weight lies in between on a GPU."""
-    if _native(codes.device) and _in_tiles(shape) and codes.data_ptr() % 16 == 0:
+    if _has_kernels(codes.device) and _in_tiles(shape) and codes.data_ptr() % 16 == 0:
         from burnish.kernels.fp8 import nf4_to_fp8 as kernel
 
         made = _given(out, shape, transposed, codes.device)
-        inverse_O = w_scale_O.float().reciprocal()
         parts = (codes, *kernel_scales(scales, nested))
-        return kernel(parts, tables(codes.device), shape, inverse_O, transposed, made)
+        return kernel(parts, tables(codes.device), shape, w_scale_O, transposed, made)
     dense_OI = dequantise(codes, scales, nested, shape, torch.float32)
     return dense_to_fp8(dense_OI, w_scale_O, transposed, out)
 
@@ -157,8 +158,12 @@ def _wide(x: Tensor) -> Tensor:
 
 @cache
 def _native(device: torch.device) -> bool:
-    """Whether kernels can be built for the device and it multiplies e4m3 numbers."""
-    return device.type == "cuda" and has_triton() and torch.cuda.get_device_capability(device) >= (8, 9)
+    """Whether the device multiplies e4m3 numbers."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _has_kernels(device: torch.device) -> bool:
+    return _native(device) and has_triton()
 
 
 @cache

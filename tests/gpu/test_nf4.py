@@ -43,6 +43,17 @@ def test_the_kernel_equals_the_reference_bit_for_bit(shape: tuple[int, int], dou
     assert torch.equal(dense, nf4.reference_dequantise(*parts, shape, dtype))
 
 
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("shape", [(4096, 11008), (1500, 4096)])
+def test_real_weights_land_in_rows_of_a_larger_one(shape: tuple[int, int], double: bool) -> None:
+    pytest.importorskip("triton")
+    parts = nf4.quantise(torch.randn(shape, device="cuda") * 0.02, double)
+    whole = torch.full((shape[0] + 2, shape[1]), float("nan"), dtype=torch.bfloat16, device="cuda")
+    nf4.dequantise(*parts, shape, torch.bfloat16, out=whole[1:-1])
+    assert torch.equal(whole[1:-1], nf4.reference_dequantise(*parts, shape, torch.bfloat16))
+    assert bool(whole[[0, -1]].isnan().all())
+
+
 def test_it_quantises_on_the_gpu_as_on_the_cpu() -> None:
     weight = torch.randn(257, 1030, generator=torch.Generator().manual_seed(0)) * 0.02
     here, there = nf4.quantise(weight), nf4.quantise(weight.cuda())

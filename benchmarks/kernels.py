@@ -1,0 +1,226 @@
+"""How near kernels come to what the device can move and multiply.
+
+python -m benchmarks.kernels [only=NAME] [results=FILE] [commit=HASH] [note=TEXT]
+
+What waits for memory is held against a plain copy: the bytes that it must move, over its time, as a share of what the
+copy moves in bytes read and written. Products are held against bf16 at the same shape, those of a Llama-2-7B block
+with 8,192 tokens. A burst of calls lies in a CUDA graph, so that no launch is waited for, over buffers that together
+are larger than the L2 cache; a time is the median of 20 bursts. One row is added to results.csv for each name that
+holds `only`; what fails is left out with the reason.
+"""
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.meter import device_name, here
+from benchmarks.rows import current_commit, write_row
+from benchmarks.rows import read_words as read
+from benchmarks.turns import median
+from burnish.ops import fp8, nf4
+
+WORDS = {"only": "", "results": "", "commit": "", "note": ""}
+"""What can be asked for, and what is measured where it is not."""
+TOKENS = 8192
+PRODUCTS = {"qkv": (12288, 4096), "o": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)}
+"""(outputs, inputs) of the matrices of a Llama-2-7B block."""
+WEIGHTS = [(4096, 4096), (11008, 4096), (22016, 4096)]
+WARM_UP, TIMED = 3, 20
+BURST = 2**31
+"""Bytes that a burst moves at least: 0.7 ms on an H100, beside which the start of a graph is short."""
+ROTATED = 2**28
+"""Bytes that rotated inputs take at least: five times the L2 cache of an H100."""
+
+Call = Callable[[], object]
+Case = tuple[str, Call, int]
+"""Its name, the call, and the bytes that the call must move at least."""
+
+
+class Reading(NamedTuple):
+    """What one name came to."""
+
+    name: str
+    seconds: float
+    rate: str
+    """With its unit."""
+    share: str
+    """With what it is a share of."""
+
+
+def main(asked: Mapping[str, str]) -> None:
+    """Measures what is asked for, prints a table and adds its rows to results.csv."""
+    device = here()
+    if device.type != "cuda":
+        raise ValueError("kernels are measured on a CUDA device, and there is none: run it where torch sees one")
+    readings = [*memory_readings(device, asked["only"]), *product_readings(device, asked["only"])]
+    print(f"\n{'name':40} {'ms':>9} {'rate':>14}  share")
+    for one in readings:
+        print(f"{one.name:40} {1000 * one.seconds:9.4f} {one.rate:>14}  {one.share}")
+    for one in readings:
+        about = {"commit": asked["commit"] or current_commit(), "device": device_name(device)}
+        about |= {"torch": torch.__version__, "benchmark": "kernels", "system": "burnish"}
+        note = ", ".join(filter(None, (one.rate, one.share, asked["note"])))
+        row = about | {"step_seconds": f"{one.seconds:.6f}", "note": note, "settings": f"name={one.name}"}
+        write_row(row, Path(asked["results"]) if asked["results"] else None)
+
+
+def memory_readings(device: torch.device, only: str) -> Iterator[Reading]:
+    """What the cases move, beside a copy."""
+    (name, call, size), *_ = copies(device)
+    copied = size / seconds(call, burst(size))
+    yield Reading(name, size / copied, f"{copied / 1e9:.0f} GB/s", "1.000 of copy")
+    for name, call, size in cases(device):
+        taken = attempt(name, call, burst(size)) if only in name else None
+        if taken is not None:
+            rate = size / taken
+            yield Reading(name, taken, f"{rate / 1e9:.0f} GB/s", f"{rate / copied:.3f} of copy")
+
+
+def product_readings(device: torch.device, only: str) -> Iterator[Reading]:
+    """What products reach, beside bf16 at their shape."""
+    for shape, (outputs, inputs) in PRODUCTS.items():
+        names = [f"{kind} {shape}" for kind in KINDS]
+        if not any(only in name for name in names):
+            continue
+        work, bf16 = 2 * TOKENS * outputs * inputs, None
+        for name, kind in zip(names, KINDS.values(), strict=True):
+            taken = attempt(name, kind(device, outputs, inputs), 4) if only in name or bf16 is None else None
+            bf16 = bf16 or taken  # the first
+            if taken is not None and bf16 is not None:
+                yield Reading(name, taken, f"{work / taken / 1e12:.0f} TFLOP/s", f"{bf16 / taken:.3f} of bf16")
+
+
+def attempt(name: str, call: Call, calls: int) -> float | None:
+    """The seconds of a call, or None where it fails, with the reason printed."""
+    try:
+        taken = seconds(call, calls)
+    except Exception as error:  # whatever one kernel does, the others are measured
+        print(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
+        return None
+    print(f"{name}: {1000 * taken:.4f} ms", flush=True)
+    return taken
+
+
+def seconds(call: Call, calls: int) -> float:
+    """The median time of a call, over bursts of so many of them in one CUDA graph."""
+    for _ in range(WARM_UP):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        # Held until the end of the capture: each call writes to memory of its own, which no cache holds yet.
+        results = [call() for _ in range(calls)]
+    for _ in range(WARM_UP):
+        graph.replay()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(TIMED)]
+    for begin, end in events:
+        begin.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    del results
+    return median([begin.elapsed_time(end) for begin, end in events]) / 1000 / calls
+
+
+def burst(size: int) -> int:
+    """How many calls of so many bytes a burst holds."""
+    return max(2, -(-BURST // size))
+
+
+def rotated(call: Callable[..., object], *given: Tensor) -> Call:
+    """The call on other copies of what it is given each time, until the L2 cache has forgotten the first."""
+    size = sum(part.numel() * part.element_size() for part in given)
+    turns = itertools.cycle([tuple(part.clone() for part in given) for _ in range(max(2, -(-ROTATED // size)))])
+    return lambda: call(*next(turns))
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    """Every kernel that waits for memory."""
+    for section in SECTIONS:
+        yield from section(device)
+
+
+def copies(device: torch.device) -> Iterator[Case]:
+    """What all else is held against."""
+    there = [torch.empty(2**28, dtype=torch.uint8, device=device) for _ in range(2)]
+    yield "copy", lambda: there[0].copy_(there[1]), 2**29
+
+
+def nf4_cases(device: torch.device) -> Iterator[Case]:
+    """NF4 with double quantisation to each of the forms that products want."""
+    for shape in WEIGHTS:
+        parts = nf4.quantise(torch.randn(shape, device=device) * 0.02)
+        count, held = shape[0] * shape[1], sum(part.numel() for part in parts)
+        w_scale, title = fp8.nf4_weight_scale(*parts, shape), f"{shape[0]}x{shape[1]}"
+        forms: dict[str, tuple[Call, int]] = {
+            "bf16": (partial(nf4.dequantise, shape=shape, dtype=torch.bfloat16), 2 * count),
+            "fp8 [O,I]": (partial(fp8.nf4_to_fp8, shape=shape, w_scale_O=w_scale, transposed=False), count),
+            "fp8 [I,O]": (partial(fp8.nf4_to_fp8, shape=shape, w_scale_O=w_scale, transposed=True), count),
+        }
+        for form, (call, made) in forms.items():
+            yield f"nf4 to {form} {title}", rotated(call, *parts), held + made
+
+
+def fp8_cases(device: torch.device) -> Iterator[Case]:
+    """Activations and dense weights to 8 bits."""
+    for width in (4096, 11008, 22016):
+        x_TK = torch.randn(TOKENS, width, device=device).bfloat16()
+        yield f"quantise_rows {TOKENS}x{width}", rotated(fp8.quantise_rows, x_TK), 3 * x_TK.numel()
+    w_OI = torch.randn(11008, 4096, device=device).bfloat16()
+    for transposed in (False, True):
+        call = partial(fp8.dense_to_fp8, w_scale_O=fp8.weight_scale(w_OI), transposed=transposed)
+        layout = "[I,O]" if transposed else "[O,I]"
+        yield f"bf16 to fp8 {layout} 11008x4096", rotated(call, w_OI), 3 * w_OI.numel()
+
+
+def bf16_product(device: torch.device, outputs: int, inputs: int) -> Call:
+    """x Wᵀ in bf16."""
+    x_TK = torch.randn(TOKENS, inputs, device=device).bfloat16()
+    w_OK = torch.randn(outputs, inputs, device=device).bfloat16()
+    return lambda: x_TK @ w_OK.t()
+
+
+def fp8_product(fast: bool, device: torch.device, outputs: int, inputs: int) -> Call:
+    """The same in e4m3, scaled by rows."""
+    x8, w8 = (fp8.quantise_rows(torch.randn(rows, inputs, device=device).bfloat16()) for rows in (TOKENS, outputs))
+    scales = (x8.scale.unsqueeze(1), w8.scale.unsqueeze(0))
+    return lambda: torch.ops.aten._scaled_mm(
+        x8.values, w8.values.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=fast
+    )
+
+
+def int8_product(scaled: bool, device: torch.device, outputs: int, inputs: int) -> Call:
+    """The same in int8: sums in int32, and where `scaled` the pass that makes bf16 of them."""
+    x_TK, w_OK = (torch.randint(-127, 128, (rows, inputs), device=device).to(torch.int8) for rows in (TOKENS, outputs))
+    scales = (torch.rand(TOKENS, 1, device=device), torch.rand(1, outputs, device=device))
+    finish = torch.compile(_rescale, dynamic=True) if scaled else lambda sums, *_: sums
+    return lambda: finish(torch._int_mm(x_TK, w_OK.t()), *scales)
+
+
+def _rescale(sums_TO: Tensor, scale_T1: Tensor, scale_1O: Tensor) -> Tensor:
+    return (sums_TO * scale_T1 * scale_1O).bfloat16()
+
+
+KINDS: dict[str, Callable[[torch.device, int, int], Call]] = {
+    "bf16": bf16_product,
+    "fp8 fast": partial(fp8_product, True),
+    "fp8 exact": partial(fp8_product, False),
+    "int8 sums": partial(int8_product, False),
+    "int8 scaled": partial(int8_product, True),
+}
+"""The first is what the others are a share of."""
+SECTIONS: tuple[Callable[[torch.device], Iterator[Case]], ...] = (nf4_cases, fp8_cases)
+"""One function for each file of kernels; add yours."""
+
+
+if __name__ == "__main__":
+    try:
+        main(read(sys.argv[1:], WORDS, {}, ()))
+    except ValueError as error:
+        sys.exit(f"benchmarks/kernels.py: {error}")
