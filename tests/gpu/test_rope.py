@@ -1,0 +1,110 @@
+"""The kernels of rotation on the GPU, at the shapes of real models."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from burnish.ops import rope as ops
+from burnish.ops.attention import rotary_table
+from burnish.ops.rope import Heads, rope, rope_backward
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+LLAMA_2, LLAMA_3, SMALL, PHI = Heads(32, 32, 128), Heads(32, 8, 128), Heads(14, 2, 64), Heads(24, 8, 80)
+SHAPES = [
+    (2051, LLAMA_2, 64, 16),
+    (2048, LLAMA_3, 64, 64),
+    (300, SMALL, 32, 16),
+    (17, PHI, 20, 16),
+    (1, LLAMA_3, 64, 256),
+]
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory holds NaN, so that a value the kernel does not write shows."""
+    empty = torch.empty
+
+    def poison(*size: Any, **options: Any) -> Tensor:
+        made = empty(*size, **options)
+        return made.view(torch.uint8).fill_(0x7F).view(made.dtype) if made.itemsize == 1 else made.fill_(float("nan"))
+
+    monkeypatch.setattr(torch, "empty", poison)
+
+
+def drawn(total: int, heads: Heads, rank: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor], Tensor]:
+    """qkv, xa, Bs and bias in bf16."""
+    torch.manual_seed(0)
+    sizes = (heads.queries * heads.width, heads.keys * heads.width, heads.keys * heads.width)
+    q, k, v = (torch.randn(size, rank, device="cuda", dtype=torch.bfloat16) * 0.1 for size in sizes)
+    others = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((total, sum(sizes)), (sum(sizes),))]
+    return others[0], torch.randn(total, 3 * rank, device="cuda", dtype=torch.bfloat16), (q, k, v), others[1]
+
+
+def angles(total: int, pairs: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    frequencies = tuple(10000 ** (-i / pairs) for i in range(pairs))
+    cos, sin = rotary_table(torch.arange(total, device="cuda"), frequencies)
+    return cos.to(dtype), sin.to(dtype)
+
+
+def assert_within_twice(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+    assert bool(torch.isfinite(ours).all())
+    assert (ours.double() - exact).norm() <= 2 * (plain.double() - exact).norm() + 1e-4 * exact.norm()
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("total", "heads", "pairs", "rank"), SHAPES)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_forward_errs_at_most_twice_as_much_as_the_reference(
+    monkeypatch, total: int, heads: Heads, pairs: int, rank: int, with_bias: bool
+) -> None:
+    qkv, xa, low, bias = drawn(total, heads, rank)
+    table = angles(total, pairs)
+    ours, plain, exact = qkv.clone(), qkv.clone(), qkv.double()
+    rope(ours, xa, low, bias if with_bias else None, table, heads)
+    monkeypatch.setattr(ops, "has_triton", lambda: False)
+    rope(plain, xa, low, bias if with_bias else None, table, heads)
+    wide = tuple(part.double() for part in low)
+    wide_bias = bias.double() if with_bias else None
+    rope(exact, xa.double(), wide, wide_bias, angles(total, pairs, torch.float64), heads)
+    assert_within_twice(ours, plain, exact)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("total", "heads", "pairs", "rank"), SHAPES)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_backward_errs_at_most_twice_as_much_as_the_reference(
+    monkeypatch, total: int, heads: Heads, pairs: int, rank: int, fp8: bool
+) -> None:
+    gradient, _, low, _ = drawn(total, heads, rank)
+    dq, dk, dv = gradient.unflatten(1, (-1, heads.width)).split((heads.queries, heads.keys, heads.keys), dim=1)
+    dk, dv = dk.contiguous(), dv.transpose(0, 1).contiguous().transpose(0, 1)
+    w_scale = torch.rand(gradient.shape[1], device="cuda") + 0.1 if fp8 else None
+    table = angles(total, pairs)
+    ours = rope_backward(dq, dk, dv, table, low, w_scale)
+    monkeypatch.setattr(ops, "has_triton", lambda: False)
+    plain = rope_backward(dq, dk, dv, table, low, w_scale)
+    wide = tuple(part.double() for part in low)
+    wide_table = angles(total, pairs, torch.float64)
+    exact = rope_backward(dq.double(), dk.double(), dv.double(), wide_table, wide, None)
+    assert_within_twice(ours.dqkv, plain.dqkv, exact.dqkv)
+    assert ours.dxa is not None
+    assert_within_twice(ours.dxa, plain.dxa, exact.dxa)
+    assert (ours.dqkv8 is None) == (w_scale is None)
+    if ours.dqkv8 is not None and plain.dqkv8 is not None and w_scale is not None:
+        found, reference = (x.values.float() * x.scale[:, None] for x in (ours.dqkv8, plain.dqkv8))
+        assert_within_twice(found, reference, exact.dqkv * w_scale)
+
+
+def test_without_lora_there_and_back_is_the_identity_beyond_2_to_the_31_numbers() -> None:
+    total = 2**31 // 12288 + 40
+    qkv = torch.empty(total, 12288, device="cuda", dtype=torch.bfloat16).normal_()
+    last = qkv[-50:].clone()
+    table = angles(total, 64)
+    rope(qkv, None, None, None, table, LLAMA_2)
+    assert not torch.equal(qkv[-50:, :8192], last[:, :8192])
+    assert torch.equal(qkv[-50:, 8192:], last[:, 8192:])
+    parts = qkv.unflatten(1, (-1, 128)).split((32, 32, 32), dim=1)
+    back = rope_backward(*parts, table, None, None)
+    torch.testing.assert_close(back.dqkv[-50:].float(), last.float(), atol=0.03, rtol=0.02)
