@@ -9,7 +9,7 @@ that a buffer can be used again at once.
 """
 
 import weakref
-from collections.abc import Callable, Generator
+from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -99,25 +99,32 @@ class Shelf:
         self._memory = memory
         self._kept: dict[tuple[int, str], tuple[Tensor, ...]] = {}
         self._away: dict[tuple[int, str], list[Tensor | _Away]] = {}
+        self._leaving: deque[tuple[int, _Away]] = deque()
         # A pass that fails on its way gives its buffers back when nobody holds the shelf any more.
         weakref.finalize(self, _abandon, self._away).atexit = False
 
     def put(self, block: int, name: str, tensors: tuple[Tensor, ...]) -> None:
         """Leave tensors here in the forward pass, block after block; dropped where they are to be computed again."""
+        while self._leaving and self._leaving[0][0] < block - 1:
+            self._leaving.popleft()[1].leave()
         if name in self.plan.host[block]:
-            for away in _travelling(self._away, lambda place: place < block - 1):
-                away.leave()
             parts = self._away[block, name] = []
             for tensor in tensors:
-                stays = tensor.nbytes < _SMALL or tensor.device.type != self._memory.device.type
-                parts.append(tensor if stays else _Away(tensor, self._memory))
+                if tensor.nbytes < _SMALL or tensor.device.type != self._memory.device.type:
+                    parts.append(tensor)
+                else:
+                    away = _Away(tensor, self._memory)
+                    parts.append(away)
+                    self._leaving.append((block, away))
         elif name in self.plan.kept[block] or name not in NAMES:
             self._kept[block, name] = tensors
 
     def prefetch(self, block: int) -> None:
         """Begin to copy back what of this block is on the host; a number that is no block's does nothing."""
-        for away in _travelling(self._away, lambda place: place == block):
-            away.bring()
+        for name in NAMES:
+            for part in self._away.get((block, name), ()):
+                if isinstance(part, _Away):
+                    part.bring()
 
     def get(self, block: int, name: str) -> tuple[Tensor, ...] | None:
         """The tensors, for the caller to own: the shelf lets go of them. None: compute them again."""
@@ -162,8 +169,9 @@ class _Away:
         return tensor
 
     def end(self) -> None:
-        """Give the buffer back; what is on the device is safe to use, or to free."""
+        """Give the buffer back and let go of the tensor, which is then safe to use, or to free."""
         self._wait()
+        self._here = None
         if self._buffer is not None:
             self._memory.give(self._buffer)
             self._buffer = None
@@ -201,13 +209,8 @@ def _is_dense(tensor: Tensor) -> bool:
     return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
-def _travelling(places: dict[tuple[int, str], list[Tensor | _Away]], wanted: Callable[[int], bool]) -> Generator[_Away]:
-    for (block, _), parts in places.items():
-        if wanted(block):
-            yield from (part for part in parts if isinstance(part, _Away))
-
-
 def _abandon(places: dict[tuple[int, str], list[Tensor | _Away]]) -> None:
-    for away in _travelling(places, lambda _: True):
-        away.end()
-    places.clear()
+    for parts in places.values():
+        for part in parts:
+            if isinstance(part, _Away):
+                part.end()
