@@ -24,6 +24,8 @@ from benchmarks.rows import current_commit, write_row
 from benchmarks.rows import read_words as read
 from benchmarks.turns import median
 from burnish.ops import fp8, nf4
+from burnish.ops.attention import Layout, attention_backward, attention_forward, rotary_table
+from burnish.ops.rope import Heads, rope, rope_backward
 
 WORDS = {"only": "", "results": "", "commit": "", "note": ""}
 """What can be asked for, and what is measured where it is not."""
@@ -179,6 +181,38 @@ def fp8_cases(device: torch.device) -> Iterator[Case]:
         yield f"bf16 to fp8 {layout} 11008x4096", rotated(call, w_OI), 3 * w_OI.numel()
 
 
+def rope_cases(device: torch.device) -> Iterator[Case]:
+    """Rotation with LoRA of rank 16, of Llama-2-7B's heads and of Llama-3.1-8B's."""
+    frequencies = tuple(10000 ** (-i / 64) for i in range(64))
+    table = rotary_table(torch.arange(TOKENS, device=device) % 2048, frequencies)
+    for heads in (Heads(32, 32, 128), Heads(32, 8, 128)):
+        sizes = [count * heads.width for count in (heads.queries, heads.keys, heads.keys)]
+        Bs = tuple(torch.randn(size, 16, device=device).bfloat16() * 0.01 for size in sizes)
+        qkv, xa = (torch.randn(TOKENS, size, device=device).bfloat16() for size in (sum(sizes), 48))
+        w_scale, size, title = torch.rand(sum(sizes), device=device), 2 * qkv.numel(), f"{TOKENS}x{sum(sizes)}"
+        call = partial(rope, xa=xa, Bs=Bs, bias=None, table=table, heads=heads)
+        yield f"rope {title}", rotated(call, qkv), 2 * size
+        parts = [part.contiguous() for part in qkv.unflatten(1, (-1, heads.width)).split(heads[:2] + heads[1:2], dim=1)]
+        for form, scale, moved in (("", None, 2 * size), (" and fp8", w_scale, 2 * size + size // 2)):
+            call = partial(rope_backward, table=table, Bs=Bs, w_scale=scale)
+            yield f"rope backward{form} {title}", rotated(call, *parts), moved
+
+
+def attention_cases(device: torch.device) -> Iterator[Case]:
+    """Sequences of 2,048 tokens by either library: what counts is the time, for their work is products."""
+    starts = torch.arange(5, dtype=torch.int32, device=device) * (TOKENS // 4)
+    for keys, even in itertools.product((32, 8), (True, False)):
+        layout = Layout(starts, TOKENS // 4, None, kernel_shares_heads=True, even=even)
+        buffer, dout = (torch.randn(TOKENS, n, 128, device=device).bfloat16() for n in (32 + 2 * keys, 32))
+        given = buffer.split((32, keys, keys), dim=1)
+        out, saved = attention_forward(*given, layout, 0.09)
+        moved = 2 * (buffer.numel() + out.numel())
+        name = f"4x2048, 32 heads on {keys}, {'cuDNN' if even else 'FlashAttention'}"
+        yield f"attention {name}", partial(attention_forward, *given, layout, 0.09), moved
+        call = partial(attention_backward, dout, given, out, saved, layout, 0.09)
+        yield f"attention backward {name}", call, 2 * moved
+
+
 def bf16_product(device: torch.device, outputs: int, inputs: int) -> Call:
     """x Wᵀ in bf16."""
     x_TK = torch.randn(TOKENS, inputs, device=device).bfloat16()
@@ -215,7 +249,7 @@ KINDS: dict[str, Callable[[torch.device, int, int], Call]] = {
     "int8 scaled": partial(int8_product, True),
 }
 """The first is what the others are a share of."""
-SECTIONS: tuple[Callable[[torch.device], Iterator[Case]], ...] = (nf4_cases, fp8_cases)
+SECTIONS: tuple[Callable[[torch.device], Iterator[Case]], ...] = (nf4_cases, fp8_cases, rope_cases, attention_cases)
 """One function for each file of kernels; add yours."""
 
 
