@@ -9,16 +9,20 @@ from pydantic import Field, model_validator
 
 from burnish.config import Settings
 
+TRAINED_STORAGES = ("full", "full16")
+"""The values of model.storage that train the weights themselves, without an adapter."""
+
 
 class ModelSettings(Settings):
     """Which model, and how its weights are kept."""
 
     path: str = Field(default="embedded", description="A folder in Hugging Face layout, a hub id, or `embedded`.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
-    storage: Literal["auto", "full", "bf16", "fp32", "nf4"] = Field(
+    storage: Literal["auto", "full", "full16", "bf16", "fp32", "nf4"] = Field(
         default="auto",
-        description="How the base weights are kept: `full` trains them (fp32), `bf16` and `fp32` freeze them, "
-        "`nf4` freezes them in 4 bits. `auto` is `full` without an adapter, else `bf16`.",
+        description="How the base weights are kept: `full` trains them in fp32, `full16` in bf16, rounding by chance; "
+        "`bf16` and `fp32` freeze them, `nf4` freezes them in 4 bits. `auto` is `full` without an adapter, else "
+        "`bf16`.",
     )
     init: Literal["weights", "random"] = Field(
         default="weights",
@@ -54,7 +58,7 @@ class AdapterSettings(Settings):
 
     kind: Literal["auto", "none", "lora", "dora", "ia3"] = Field(
         default="auto",
-        description="Which adapter to train. `auto` is `none` when model.storage is `full`, else `lora`.",
+        description="Which adapter to train. `auto` is `none` when model.storage is `full` or `full16`, else `lora`.",
     )
     rank: int = Field(default=16, ge=1, description="Rank r of the update B·A.")
     alpha: float = Field(default=32.0, gt=0, description="The update is scaled by alpha / rank.")
@@ -112,6 +116,10 @@ class EvaluateSettings(Settings):
 class OptimSettings(Settings):
     """AdamW and its learning rate."""
 
+    kind: Literal["adamw", "adamw8bit"] = Field(
+        default="adamw",
+        description="`adamw` keeps 8 bytes of state a weight, `adamw8bit` 2, with nearly the same result.",
+    )
     lr: float | None = Field(
         default=None,
         ge=0,
@@ -192,7 +200,8 @@ class SaveSettings(Settings):
     resume: bool = Field(default=False, description="Continue the run from its newest checkpoint.")
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32",
-        description="Of a fully trained model's files: fp32 is what was trained; bf16 halves and rounds it.",
+        description="Of a fully trained model's files: fp32 is what was trained; bf16 halves and rounds it. What "
+        "`full16` trained is bf16 either way.",
     )
     log_every: int = Field(default=1, ge=1, description="Steps between lines of metrics.jsonl.")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
@@ -296,9 +305,9 @@ class TrainingSettings(Settings):
             if storage == "auto":
                 model["storage"] = storage = "full" if kind == "none" else "bf16"
             if kind == "auto":
-                adapter["kind"] = kind = "none" if storage == "full" else "lora"
+                adapter["kind"] = kind = "none" if storage in TRAINED_STORAGES else "lora"
         if optim.get("lr") is None and "auto" not in (storage, kind):
-            optim["lr"] = cls.LEARNING_RATES[0 if storage == "full" else 1]
+            optim["lr"] = cls.LEARNING_RATES[0 if storage in TRAINED_STORAGES else 1]
         if run.get("folder", "auto") == "auto":
             run["folder"] = f"runs/{cls.__module__.rsplit('.', 1)[-1]}"
         with contextlib.suppress(TypeError, ValueError):  # values of a wrong kind are for the fields to complain about
@@ -311,10 +320,11 @@ class TrainingSettings(Settings):
     @model_validator(mode="after")
     def _agree(self) -> "TrainingSettings":
         settled = "auto" not in (self.model.storage, self.adapter.kind)
-        if settled and (self.model.storage == "full") != (self.adapter.kind == "none"):
+        trained = self.model.storage in TRAINED_STORAGES
+        if settled and trained != (self.adapter.kind == "none"):
             raise ValueError(
                 f"model.storage={self.model.storage} and adapter.kind={self.adapter.kind} leave "
-                + ("two things" if self.model.storage == "full" else "nothing")
+                + ("two things" if trained else "nothing")
                 + " to train: write model.storage=full adapter.kind=none for full weights, "
                 "or model.storage=bf16|nf4 adapter.kind=lora|dora|ia3 for an adapter"
             )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from burnish.engine.mesh import Mesh, whole
+from burnish.optim.adamw import AdamW
 from burnish.types import Batch
 
 B = TypeVar("B", bound=Batch)
@@ -71,6 +72,9 @@ class Learner:
         return metrics_out | {"learning_rate": rate, "tokens": tokens}
 
     def _clip(self) -> Tensor:
+        """The norm of the whole gradient, which is scaled down to `clip` now or in the optimizer's step."""
+        if isinstance(self.optimizer, AdamW) and self.mesh.world == 1:
+            return self.optimizer.clip(self.clip)
         largest = self.clip or float("inf")
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), largest, foreach=True)
         return whole(norm)

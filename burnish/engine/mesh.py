@@ -107,6 +107,6 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def laid_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor laid over the ranks, on the device and in the pieces that `like` has."""
-    tensor = tensor.to(like.device, like.dtype)
+    """A whole tensor laid over the ranks, on the device and in the pieces that `like` has; it keeps its own dtype."""
+    tensor = tensor.to(like.device)
     return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor

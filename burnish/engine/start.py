@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from burnish.config import build
 from burnish.data.tokenizer import read_json
 from burnish.model.families import find_model
-from burnish.settings import TrainingSettings
+from burnish.settings import TRAINED_STORAGES, TrainingSettings
 
 C = TypeVar("C", bound=TrainingSettings)
 
@@ -60,7 +60,7 @@ def _from_model(config: C, model: Path) -> tuple[C, Start]:
     if storage == "auto":
         storage = "full" if kind == "none" else "bf16"
     if kind == "auto":
-        kind = "none" if storage == "full" else "lora"
+        kind = "none" if storage in TRAINED_STORAGES else "lora"
     return _settled(config, {"path": str(model), "storage": storage}, {"kind": kind}), Start(model)
 
 
@@ -78,7 +78,7 @@ def _from_adapter(config: C, adapter: Path) -> tuple[C, Start]:
             raise ValueError(
                 f"adapter.{name}={given}, but the adapter of from={config.from_} has {value}: leave adapter.{name} out"
             )
-    if config.model.storage == "full" or config.adapter.kind == "none":
+    if config.model.storage in TRAINED_STORAGES or config.adapter.kind == "none":
         raise ValueError(
             f"from={config.from_} is an adapter on a frozen base; for full weights merge it first "
             "(`burnish merge`), and write from=DIR of the merged model"

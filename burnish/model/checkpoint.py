@@ -34,6 +34,7 @@ from burnish.model.weight_files import (
     open_weights,
     write_weights,
 )
+from burnish.settings import TRAINED_STORAGES
 
 
 def load_model(
@@ -58,7 +59,7 @@ def load_model(
             scalar = add_head(model, head, config.hidden_size, torch.Generator())
             scalar.weight.data.copy_(files.weight(SCORE))
             scalar.bias.data.copy_(files.weight(SCORE_BIAS) if SCORE_BIAS in files.where else torch.zeros(1))
-            scalar.requires_grad_(storage == "full")
+            scalar.requires_grad_(storage in TRAINED_STORAGES)
         return model
 
 
@@ -162,7 +163,7 @@ class _Keeping:
 
     @property
     def trained(self) -> bool:
-        return self.storage == "full"
+        return self.storage in TRAINED_STORAGES
 
     def linear(self, weight: Tensor, bias: nn.Parameter | None, path: str) -> Linear:
         """The weight as a linear layer; the head is never quantised, as in every 4-bit checkpoint."""
@@ -170,8 +171,8 @@ class _Keeping:
         return Linear(STORAGES[storage].encode(weight, self.double_quant), bias)
 
     def parameter(self, weight: Tensor) -> nn.Parameter:
-        """The embedding matrix in 16 bits unless the storage has 32; norms and biases, which are small, in 32."""
-        half = weight.ndim == 2 and self.storage in ("bf16", "nf4")
+        """Embeddings in 16 bits unless the storage has 32; norms and biases, which are small, in 32 but for full16."""
+        half = self.storage == "full16" or (weight.ndim == 2 and self.storage in ("bf16", "nf4"))
         return nn.Parameter(weight.to(torch.bfloat16 if half else torch.float32), requires_grad=self.trained)
 
 

@@ -1,4 +1,4 @@
-"""How a weight is kept: in full and trained, or frozen in 16, 32 or 4 bits.
+"""How a weight is kept: trained in 32 or 16 bits, or frozen in 16, 32 or 4.
 
 A storage is a module with `.shape`, `.dense(dtype)` and `.matmul(x)`; the dict at the foot says how to make each from a
 dense weight. Frozen ones keep for the backward pass what they keep anyway, never a second, dense copy.
@@ -90,6 +90,11 @@ class NF4(nn.Module):
         self.scales = nn.Parameter(scales, requires_grad=False)
         self.nested = nn.Parameter(nested, requires_grad=False)
         self.shape = shape
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, scales and nested scales, as `ops/nf4.py` takes them."""
+        return self.codes, self.scales, self.nested
 
     @classmethod
     def encode(cls, weight: Float[Tensor, "O I"], double_quant: bool = True) -> "NF4":
@@ -239,6 +244,7 @@ def _kept_otherwise(model: nn.Module, dtype: torch.dtype) -> Iterator[Linear]:
 
 STORAGES: dict[str, Encoder] = {
     "full": DenseEncoder(torch.float32, trainable=True),
+    "full16": DenseEncoder(torch.bfloat16, trainable=True),
     "bf16": DenseEncoder(torch.bfloat16),
     "fp32": DenseEncoder(torch.float32),
     "nf4": NF4,

@@ -1,29 +1,58 @@
-"""AdamW with 32-bit states, one fused kernel over all parameters, and its state as named tensors."""
+"""AdamW (Loshchilov and Hutter 2019) over many tensors in few launches, and its state as named tensors.
 
-from collections.abc import Mapping
+Where there is a kernel the host goes once over the tensors and writes their addresses into a table, before the step
+waits for the device, and one launch does the rest: clipping, both moments, decay, the update and its rounding.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from burnish.kernels import has_triton
+from burnish.optim import eight_bit
+from burnish.optim.rounding import round_by_chance
+
+_SLICE = 2**20  # values that the reference works on at once, so that temporaries stay at a few MB
+_MOMENTS = {False: ("exp_avg", "exp_avg_sq"), True: ("state1", "state2", "absmax1", "absmax2")}
+"""What the moments are called, in fp32 and in 8 bits."""
+
 
 def adamw(
-    parameters: Mapping[str, nn.Parameter], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW over the parameters (Loshchilov and Hutter 2019); only matrices decay, not gains, biases or scales.
+    parameters: Mapping[str, nn.Parameter],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    kind: str = "adamw",
+    seed: int = 0,
+) -> torch.optim.Optimizer:
+    """AdamW over the parameters; only matrices decay, not gains, biases or scales.
 
-    All parameters are fp32, so the states are as well. The order of `parameters` is the order of the state.
+    `kind` is adamw, whose states are fp32, or adamw8bit (`optim/eight_bit.py`). Weights are fp32, or bf16 without an
+    fp32 copy: those are rounded by chance (`optim/rounding.py`), and `seed` decides how. The order of `parameters` is
+    the order of the state. Raises ValueError for 8-bit states of weights that are split over ranks.
     """
-    assert all(parameter.dtype == torch.float32 for parameter in parameters.values())
+    assert all(parameter.dtype in (torch.float32, torch.bfloat16) for parameter in parameters.values())
+    sharded = any(_is_split(parameter) for parameter in parameters.values())
+    if sharded and kind == "adamw8bit":
+        raise ValueError("optim.kind=adamw8bit works on one device, not over several ranks: write optim.kind=adamw")
     matrices = [p for p in parameters.values() if p.ndim >= 2]
     others = [p for p in parameters.values() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=True)
+    groups = [group for group in groups if group["params"]]
+    all_fp32 = all(parameter.dtype == torch.float32 for parameter in parameters.values())
+    kernel = not sharded and all(takes_kernel(parameter) for parameter in parameters.values())
+    if kind == "adamw" and all_fp32 and not kernel:
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    return AdamW(groups, lr, betas, eps, kind == "adamw8bit", seed)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """The optimizer's state as `parameter.state` -> tensor: what a checkpoint stores."""
     return {
-        f"{name}.{key}": value
+        f"{name}.{key}": value if isinstance(value, Tensor) else torch.tensor(float(value))
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -32,7 +61,271 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put a stored state back, on each parameter's own device; the step counter stays where AdamW keeps it."""
+    """Put a stored state back, on each parameter's own device; the step counter stays where the optimizer keeps it."""
     for name, parameter in parameters.items():
-        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors]
-        optimizer.state[parameter] = {key: tensors[f"{name}.{key}"].to(parameter.device) for key in keys}
+        keys = [key for key in ("step", *_MOMENTS[False], *_MOMENTS[True]) if f"{name}.{key}" in tensors]
+        state: dict[str, Any] = {key: tensors[f"{name}.{key}"].to(parameter.device) for key in keys}
+        if state and isinstance(optimizer, AdamW):
+            state["step"] = int(state["step"])
+        optimizer.state[parameter] = state
+
+
+def takes_kernel(tensor: Tensor) -> bool:
+    """Whether a kernel updates this tensor."""
+    return tensor.is_cuda and has_triton()
+
+
+class Update(NamedTuple):
+    """The numbers of one step, as the kernel takes them."""
+
+    kept: float
+    """What decay leaves of a weight: 1 - lr · weight_decay."""
+    size: float
+    """lr / (1 - beta1^t)."""
+    inverse_root: float
+    """1 / sqrt(1 - beta2^t)."""
+    eps: float
+    beta1: float
+    rest1: float
+    """1 - beta1."""
+    beta2: float
+    rest2: float
+
+    @classmethod
+    def at(cls, step: int, group: Mapping[str, Any]) -> "Update":
+        """Those of a step counted from 1."""
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        root = (1 - beta2**step) ** 0.5
+        decay = 1 - lr * group["weight_decay"]
+        return cls(decay, lr / (1 - beta1**step), 1 / root, group["eps"], beta1, 1 - beta1, beta2, 1 - beta2)
+
+
+class _Bundle:
+    """Parameters of one group, dtype and kind of state: what one launch takes."""
+
+    def __init__(self, group: dict[str, Any], parameters: list[nn.Parameter], eight: bool, numbers: list[int]) -> None:
+        self.group, self.parameters, self.eight, self.numbers = group, parameters, eight, numbers
+        self.half = parameters[0].dtype == torch.bfloat16
+        self.split = any(_is_split(parameter) for parameter in parameters)
+        self.kernel = all(takes_kernel(parameter) for parameter in parameters)
+        self.layout: tuple[Tensor, Tensor] | None = None
+        """What a table holds that no step changes."""
+
+
+class _Due(NamedTuple):
+    """A launch that the next step makes."""
+
+    bundle: _Bundle
+    step: int
+    table: Any
+    held: list[Tensor]
+    """Contiguous copies of gradients that were not: they must live until the launch."""
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW with the weights, the states or the device that torch's own does not serve."""
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        eight: bool,
+        seed: int,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.seed = seed
+        self._scale: Tensor | None = None
+        self._due: list[_Due] | None = None
+        self._bundles: list[_Bundle] = []
+        numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        for group in self.param_groups:
+            sorts: dict[tuple[torch.dtype, bool], list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                assert parameter.is_contiguous()
+                small = parameter.numel() < eight_bit.SMALLEST
+                sorts.setdefault((parameter.dtype, eight and not small), []).append(parameter)
+            for (_, few_bits), alike in sorts.items():
+                self._bundles.append(_Bundle(group, alike, few_bits, [numbers[p] for p in alike]))
+
+    @torch.no_grad()
+    def clip(self, largest: float) -> Tensor:
+        """The norm of the whole gradient, on its device, without waiting for it; 0 clips nothing.
+
+        The next step takes the gradient scaled down to a norm of `largest`. Between the two no gradient may change
+        its place.
+        """
+        sums = [_squares(due) for due in self._prepare()]
+        others = [p.grad for bundle in self._bundles if not bundle.kernel for p in bundle.parameters]
+        sums += [torch.linalg.vector_norm(g, dtype=torch.float32).square().view(1) for g in others if g is not None]
+        norm = torch.cat(sums).sum(dtype=torch.float64).sqrt().float()
+        self._scale = (largest / (norm + 1e-6)).clamp(max=1.0) if largest else None
+        return norm
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step on the gradients that there are, or that the last `clip` saw."""
+        assert closure is None
+        due, scale = self._prepare(), self._scale
+        for launch in due:
+            _launch(launch, scale, self.seed)
+        for bundle in self._bundles:
+            for number, parameter in zip(bundle.numbers, bundle.parameters, strict=True):
+                if parameter.grad is None:
+                    continue
+                state = self._state_of(parameter, bundle.eight)
+                state["step"] += 1
+                if not bundle.kernel:
+                    pieces = {key: _piece(value) for key, value in state.items() if key != "step"}
+                    update = Update.at(state["step"], bundle.group)
+                    key, counter = self.seed, (number, state["step"])
+                    reference_update(_piece(parameter), _piece(parameter.grad), pieces, update, scale, key, counter)
+        self._scale = self._due = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, and with them what `clip` prepared."""
+        self._scale = self._due = None
+        super().zero_grad(set_to_none)
+
+    def _prepare(self) -> list[_Due]:
+        if self._due is None:
+            self._due = [due for bundle in self._bundles if bundle.kernel for due in self._tables(bundle)]
+        return self._due
+
+    def _tables(self, bundle: _Bundle) -> Iterator[_Due]:
+        """A launch for each count of steps that parameters have taken: one, unless gradients were missing before."""
+        rows: list[tuple[int, ...]] = []
+        steps: list[int] = []
+        held: list[Tensor] = []
+        names = _MOMENTS[bundle.eight]
+        for parameter in bundle.parameters:
+            if parameter.grad is None:
+                rows.append((0,) * (2 + len(names)))
+                steps.append(0)
+                continue
+            state = self._state_of(parameter, bundle.eight)
+            tensors = [parameter, parameter.grad, *(state[name] for name in names)]
+            if bundle.split:
+                tensors = [_piece(tensor) for tensor in tensors]
+            if not tensors[1].is_contiguous():
+                tensors[1] = tensors[1].contiguous()
+                held.append(tensors[1])
+            rows.append(tuple([tensor.data_ptr() for tensor in tensors]))
+            steps.append(state["step"] + 1)
+        for step in sorted(set(steps) - {0}):
+            only = rows if len(set(steps)) == 1 else _only(rows, steps, step)
+            yield _Due(bundle, step, _table(bundle, only), held)
+
+    def _state_of(self, parameter: nn.Parameter, eight: bool) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[parameter]
+        if state:
+            return state
+        state["step"] = 0
+        if not eight:
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+            return state
+        for moment in ("1", "2"):
+            state[f"state{moment}"] = torch.zeros_like(parameter, dtype=torch.uint8)
+        for moment in ("1", "2"):
+            blocks = eight_bit.num_blocks(parameter.numel())
+            state[f"absmax{moment}"] = torch.zeros(blocks, dtype=torch.float32, device=parameter.device)
+        return state
+
+
+def reference_update(
+    parameter: Tensor,
+    gradient: Tensor,
+    state: Mapping[str, Tensor],
+    update: Update,
+    scale: Tensor | None,
+    key: int,
+    counter: tuple[int, int],
+) -> None:
+    """One tensor's step in plain PyTorch, a slice at a time: what the kernel is held to, rounding by rounding."""
+    weights, gradients = parameter.view(-1), gradient.reshape(-1)
+    for start in range(0, weights.numel(), _SLICE):
+        part = slice(start, start + _SLICE)
+        grad = gradients[part].float()
+        grad = grad if scale is None else grad * scale
+        first, second = _moments(state, part)
+        first = first * update.beta1 + grad * update.rest1
+        second = second * update.beta2 + grad * grad * update.rest2
+        root = second.sqrt() * update.inverse_root + update.eps
+        weight = weights[part].float() * update.kept - first / root * update.size
+        rounded = round_by_chance(weight, key, counter, start) if weights.dtype == torch.bfloat16 else weight
+        weights[part].copy_(rounded)
+        _store(state, part, first, second)
+
+
+def _moments(state: Mapping[str, Tensor], part: slice) -> tuple[Tensor, Tensor]:
+    if "exp_avg" in state:
+        return state["exp_avg"].view(-1)[part], state["exp_avg_sq"].view(-1)[part]
+    device, blocks = state["state1"].device, slice(part.start // eight_bit.BLOCK, part.stop // eight_bit.BLOCK)
+    maps = eight_bit.signed_map(device), eight_bit.unsigned_map(device)
+    first, second = (
+        eight_bit.dequantise(state[f"state{i}"].view(-1)[part], state[f"absmax{i}"][blocks], levels)
+        for i, levels in enumerate(maps, 1)
+    )
+    return first, second
+
+
+def _store(state: Mapping[str, Tensor], part: slice, first: Tensor, second: Tensor) -> None:
+    if "exp_avg" in state:
+        state["exp_avg"].view(-1)[part] = first
+        state["exp_avg_sq"].view(-1)[part] = second
+        return
+    device, blocks = first.device, slice(part.start // eight_bit.BLOCK, part.stop // eight_bit.BLOCK)
+    maps = eight_bit.signed_map(device), eight_bit.unsigned_map(device)
+    for i, (values, levels) in enumerate(zip((first, second), maps, strict=True), 1):
+        state[f"state{i}"].view(-1)[part], state[f"absmax{i}"][blocks] = eight_bit.quantise(values, levels)
+
+
+def _is_split(tensor: Tensor) -> bool:
+    """Whether this is a DTensor, split over ranks: only the engine speaks torch.distributed."""
+    return hasattr(tensor, "to_local")
+
+
+def _piece(tensor: Any) -> Tensor:
+    """This rank's part of a tensor that is split over ranks; any other tensor as it is."""
+    return tensor.to_local() if _is_split(tensor) else tensor
+
+
+def _only(rows: list[tuple[int, ...]], steps: list[int], step: int) -> list[tuple[int, ...]]:
+    nothing = (0,) * len(rows[0])
+    return [row if taken == step else nothing for row, taken in zip(rows, steps, strict=True)]
+
+
+def _table(bundle: _Bundle, rows: list[tuple[int, ...]]) -> Any:
+    """The addresses on the device: one small copy, which the host does not wait for."""
+    from burnish.kernels import adam
+
+    device = bundle.parameters[0].device
+    if bundle.layout is None:
+        counts = [_piece(parameter).numel() for parameter in bundle.parameters]
+        facts = torch.tensor(list(zip(counts, bundle.numbers, strict=True)), dtype=torch.int64)
+        bundle.layout = facts.to(device), adam.chunks_of(counts).to(device)
+    addresses = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    aligned = not bool((addresses & 15).any())
+    on_device = addresses.to(device, non_blocking=True)
+    return adam.Table(on_device, *bundle.layout, half=bundle.half, aligned=aligned)
+
+
+def _squares(due: _Due) -> Tensor:
+    from burnish.kernels import adam
+
+    return adam.squares(due.table)
+
+
+def _launch(due: _Due, scale: Tensor | None, seed: int) -> None:
+    from burnish.kernels import adam
+
+    device = due.bundle.parameters[0].device
+    scale = torch.ones((), device=device) if scale is None else scale
+    maps: list[Tensor] = []
+    if due.bundle.eight:
+        maps = [eight_bit.signed_map(device), eight_bit.unsigned_map(device)]
+        maps += [*eight_bit.search(device, True), *eight_bit.search(device, False)]
+    numbers = Update.at(due.step, due.bundle.group)
+    adam.update(due.table, scale, numbers, seed, due.step, maps, eight_bit.LOWEST)

@@ -27,7 +27,8 @@ def method_name(storage: str, adapter_kind: str, learned: str = "") -> str:
     `learned` is how it learned, where that was not from examples: `LoRA + DPO`, `QLoRA + PPO`, `LoRA + reward model`.
     """
     if adapter_kind == "none":
-        return f"Full + {learned}" if learned else FULL
+        name, bits = (f"Full + {learned}" if learned else FULL), ", bf16" if storage == "full16" else ""
+        return name + bits
     weights = ("Q" if storage == "nf4" else "") + ADAPTER_NAMES.get(adapter_kind, adapter_kind)
     return f"{weights} + {learned}" if learned else weights
 

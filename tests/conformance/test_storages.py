@@ -22,7 +22,8 @@ def test_dense_is_the_weight_as_near_as_the_storage_keeps_it(storage: str) -> No
     stored = encode(storage)
     assert stored.shape == (24, 40)
     # fp32 exact; bf16 half a unit in the last of 8 bits; NF4 half the widest gap between levels (0.152 of the largest).
-    bound = {"full": 0.0, "fp32": 0.0, "bf16": 2**-8, "nf4": 0.16}[storage] * weight.abs().max()
+    bounds = {"full": 0.0, "full16": 2**-8, "fp32": 0.0, "bf16": 2**-8, "nf4": 0.16}
+    bound = bounds[storage] * weight.abs().max()
     assert (stored.dense(torch.float32) - weight).abs().max() <= bound
     assert torch.equal(stored.dense(torch.bfloat16), stored.dense(torch.float32).bfloat16())
 
@@ -46,14 +47,13 @@ def test_matmul_and_the_gradient_of_x_equal_float64_arithmetic(
 
 
 @storages
-def test_only_full_trains(storage: str) -> None:
+def test_only_full_weights_train_in_their_own_dtype(storage: str) -> None:
     stored = encode(storage)
-    trained = [parameter for parameter in stored.parameters() if parameter.requires_grad]
-    assert bool(trained) == (storage == "full")
-    assert all(parameter.dtype == torch.float32 for parameter in trained)
+    trained = {parameter.dtype for parameter in stored.parameters() if parameter.requires_grad}
+    assert trained == {"full": {torch.float32}, "full16": {torch.bfloat16}}.get(storage, set())
     x = torch.randn(3, 40).bfloat16().requires_grad_()
     stored.matmul(x).sum().backward()
-    assert all(parameter.grad is not None for parameter in trained)
+    assert all(parameter.grad is not None for parameter in stored.parameters() if parameter.requires_grad)
 
 
 @storages

@@ -52,7 +52,7 @@ def test_unknown_key_names_the_nearest():
 def test_wrong_type_says_what_is_expected():
     assert message("optim.lr=fast").startswith("'optim.lr' should be float or none, not fast")
     assert message("run.steps=2.5").startswith("'run.steps' should be int or none, not 2.5")
-    assert message("model.storage=nf5") == "'model.storage' is one of auto, full, bf16, fp32, nf4, not nf5"
+    assert message("model.storage=nf5") == "'model.storage' is one of auto, full, full16, bf16, fp32, nf4, not nf5"
     assert message("model=3").startswith("'model' is a group of settings")
     assert message("optim.lr=-1").startswith("'optim.lr' should be")
 

@@ -40,6 +40,7 @@ def test_weights_are_counted_as_weights_however_they_are_kept(storage: str) -> N
     ("storage", "kind", "name"),
     [
         ("full", "none", "Full fine-tuning"),
+        ("full16", "none", "Full fine-tuning, bf16"),
         ("bf16", "lora", "LoRA"),
         ("fp32", "lora", "LoRA"),
         ("nf4", "lora", "QLoRA"),
