@@ -118,7 +118,8 @@ def save_trained(
         for key, parameter in trained_parameters(decoder, name).items():
             parameter.data.copy_(trained[key])
     if full:
-        dtype = torch.float32 if settings.save.dtype == "fp32" else torch.bfloat16
+        in_32 = settings.save.dtype == "fp32" and settings.model.storage != "full16"
+        dtype = torch.float32 if in_32 else torch.bfloat16
         save_model(decoder, folder / "model", base, dtype=dtype)
     else:
         about = {
@@ -140,7 +141,8 @@ def open_learner(decoder: Decoder, adapter: str | None, optim: OptimSettings, st
 def learner_of(parameters: dict[str, nn.Parameter], optim: OptimSettings, steps: int, mesh: Mesh) -> Learner:
     """A learner over these parameters, whose learning rate takes so many steps to run its course."""
     assert optim.lr is not None
-    optimizer = adamw(parameters, optim.lr, (optim.beta1, optim.beta2), optim.eps, optim.weight_decay)
+    betas, seed = (optim.beta1, optim.beta2), torch.initial_seed()  # of this rank: see `lay_out`
+    optimizer = adamw(parameters, optim.lr, betas, optim.eps, optim.weight_decay, optim.kind, seed)
     peak, shape, warmup, decay = optim.lr, optim.schedule, optim.warmup, optim.decay
     return Learner(
         parameters, optimizer, lambda step: peak * multiplier(step, steps, shape, warmup, decay), optim.clip, mesh
