@@ -73,8 +73,8 @@ def nf4_to_fp8(
     with _on(codes):
         if transposed:
             _nf4_transposed[(triton.cdiv(rows, 128), triton.cdiv(columns, 128))](
-                *given, made.view(torch.int32), *counts, made.stride(0) // 4, DOUBLE=double, ROWS=128, COLUMNS=128, num_warps=8,
-                enable_fp_fusion=False,
+                *given, made.view(torch.int32), *counts, made.stride(0) // 4, DOUBLE=double, ROWS=128, COLUMNS=128,
+                num_warps=8, enable_fp_fusion=False,
             )  # fmt: skip
         else:
             _nf4[(triton.cdiv(columns, 256), triton.cdiv(rows, 16))](

@@ -128,7 +128,7 @@ def nf4_to_fp8(
     transposed: bool,
     out: Float[Tensor, "..."] | None = None,
 ) -> Float[Tensor, "..."]:
-    """`dense_to_fp8` of what the codes stand for, in fp32: no dense weight lies in between on a GPU."""
+    """`dense_to_fp8` of what the codes stand for: on a GPU no dense weight lies in between."""
     if _has_kernels(codes.device) and _in_tiles(shape) and codes.data_ptr() % 16 == 0:
         from burnish.kernels.fp8 import nf4_to_fp8 as kernel
 
@@ -144,7 +144,8 @@ def _given(out: Tensor | None, shape: tuple[int, int], transposed: bool, device:
     if out is None:
         return torch.empty(shape, dtype=FP8, device=device)
     assert (out.shape, out.dtype) == (shape, FP8)
-    assert out.is_contiguous()
+    assert out.stride(1) == 1
+    assert transposed or out.is_contiguous()
     return out
 
 

@@ -84,16 +84,21 @@ def test_nf4_becomes_the_references_bytes(shape: tuple[int, int], transposed: bo
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_part_of_a_larger_buffer_is_written_and_nothing_else(transposed: bool) -> None:
+@pytest.mark.parametrize("storage", ["nf4", "dense"])
+def test_part_of_a_larger_buffer_is_written_and_nothing_else(transposed: bool, storage: str) -> None:
     shape = (256, 176)
-    parts = nf4.quantise(normal(*shape) * 0.02)
-    scale = fp8.nf4_weight_scale(*parts, shape)
-    rows, columns = shape[::-1] if transposed else shape
-    whole = torch.full((rows + 32, columns), 0x7F, dtype=torch.uint8, device="cuda").view(fp8.FP8)
-    fp8.nf4_to_fp8(*parts, shape, scale, transposed, out=whole[16:-16])
-    assert equal(whole[16:-16], fp8.nf4_to_fp8(*parts, shape, scale, transposed))
-    assert bool((whole.view(torch.uint8)[:16] == 0x7F).all())
-    assert bool((whole.view(torch.uint8)[-16:] == 0x7F).all())
+    w = normal(*shape) * 0.02
+    parts, scale = nf4.quantise(w), fp8.weight_scale(w)
+    whole = torch.full((176, 288) if transposed else (288, 176), 0x7F, dtype=torch.uint8, device="cuda").view(fp8.FP8)
+    before, piece, after = whole.split([16, 256, 16], dim=1 if transposed else 0)
+    if storage == "nf4":
+        fp8.nf4_to_fp8(*parts, shape, scale, transposed, out=piece)
+        assert equal(piece, fp8.nf4_to_fp8(*parts, shape, scale, transposed))
+    else:
+        fp8.dense_to_fp8(w, scale, transposed, out=piece)
+        assert equal(piece, fp8.dense_to_fp8(w, scale, transposed))
+    assert bool((before.view(torch.uint8) == 0x7F).all())
+    assert bool((after.view(torch.uint8) == 0x7F).all())
 
 
 @pytest.mark.parametrize("fast", [False, True])

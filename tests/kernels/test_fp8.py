@@ -89,3 +89,17 @@ def test_nf4_becomes_the_references_bytes(shape: tuple[int, int], transposed: bo
         given, nf4.tables(parts.codes.device), shape, scale, transposed, poisoned(shape, transposed)
     )
     assert equal(made, fp8.nf4_to_fp8(*parts, shape, scale, transposed))
+
+
+def test_transposed_weights_lie_side_by_side_in_one() -> None:
+    shape = (48, 80)
+    w = normal(*shape, dtype=torch.bfloat16)
+    parts, scale = nf4.quantise(w.float()), fp8.weight_scale(w)
+    whole = poisoned((32 + 2 * 48, 80), transposed=True)
+    kernels.dense_to_fp8(w, scale, True, whole[:, 16:64])
+    given = (parts.codes, *nf4.kernel_scales(parts.scales, parts.nested))
+    kernels.nf4_to_fp8(given, nf4.tables(w.device), shape, scale, True, whole[:, 64:112])
+    assert equal(whole[:, 16:64], fp8.dense_to_fp8(w, scale, True))
+    assert equal(whole[:, 64:112], fp8.nf4_to_fp8(*parts, shape, scale, True))
+    assert bool(whole.float()[:, :16].isnan().all())
+    assert bool(whole.float()[:, 112:].isnan().all())

@@ -123,3 +123,14 @@ def test_nf4_is_quantised_as_the_dense_weight_that_it_stands_for(shape: tuple[in
         made = fp8.nf4_to_fp8(*parts, shape, w_scale, transposed)
         expected = fp8.dense_to_fp8(dense, w_scale, transposed)
         assert torch.equal(made.float(), expected.float())
+
+
+def test_transposed_weights_lie_side_by_side_in_one() -> None:
+    above, below = normal(32, 64), normal(16, 64, seed=1)
+    scale = fp8.weight_scale(torch.cat([above, below]))
+    both = torch.empty(64, 48, dtype=fp8.FP8)
+    fp8.dense_to_fp8(above, scale[:32], True, out=both[:, :32])
+    fp8.nf4_to_fp8(*nf4.quantise(below), (16, 64), scale[32:], True, out=both[:, 32:])
+    assert torch.equal(both[:, :32].float(), fp8.dense_to_fp8(above, scale[:32], True).float())
+    restored = nf4.dequantise(*nf4.quantise(below), (16, 64), torch.float32)
+    assert torch.equal(both[:, 32:].float(), fp8.dense_to_fp8(restored, scale[32:], True).float())
