@@ -173,7 +173,7 @@ def _rope_backward(
             column = (tl.cdiv(N, CHUNK) - 1 - number) * CHUNK + tl.arange(0, CHUNK)
             mask = (row < num_rows)[:, None] & (column < N)[None, :]
             at = row[:, None] * N + column[None, :]
-            x = tl.load(dqkv + at, mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(dqkv + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
             x = x * tl.load(w_scale + column, mask=column < N, other=0.0)[None, :] / scale[:, None]
             tl.store(values + at, x.to(tl.float8e4nv), mask=mask)
 
@@ -195,8 +195,8 @@ def _part_back(
         low = tl.zeros([ROWS, RANK_PAD], tl.float32)
     for head in tl.range(0, COUNT, num_stages=STAGES):
         source = given + row[:, None] * token_stride + head * head_stride + pair[None, :]
-        first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
+        first = tl.load(source, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        second = tl.load(source + HALF, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         if TURNS:
             turned = first * cos + second * sin
             second = second * cos - first * sin
@@ -217,7 +217,7 @@ def _part_back(
             still = tl.arange(0, REST_PAD)
             still_mask = (row < num_rows)[:, None] & (still < REST)[None, :]
             source = given + row[:, None] * token_stride + head * head_stride + 2 * HALF + still[None, :]
-            x = tl.load(source, mask=still_mask, other=0.0)
+            x = tl.load(source, mask=still_mask, other=0.0, eviction_policy="evict_first")
             still_column = (FIRST + head) * WIDTH + 2 * HALF + still
             tl.store(dqkv + row[:, None] * N + still_column[None, :], x, mask=still_mask)
             if RANK > 0:
