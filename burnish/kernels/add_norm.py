@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from burnish.kernels.fp8 import row_scale
+
 
 class Launch(NamedTuple):
     """How a kernel of rows is launched."""
@@ -146,8 +148,9 @@ def _add_norm(
     inverse_rms = tl.rsqrt(tl.sum(squares, axis=1) / D + eps)
     tl.store(rstd + first + row, inverse_rms, mask=real)
     if FP8:
-        divisor = _row_scale((tl.max(largest, axis=1) * inverse_rms).to(dtype).to(tl.float32))
+        divisor = row_scale((tl.max(largest, axis=1) * inverse_rms).to(dtype).to(tl.float32))
         tl.store(scale + first + row, divisor, mask=real)
+        inverse_scale = tl.div_rn(1.0, divisor)
     if READ:
         read = tl.arange(0, READ_PAD)
         product = tl.zeros((ROWS, READ_PAD), tl.float32)
@@ -159,7 +162,8 @@ def _add_norm(
         value = tl.load(stream + first * D + place, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         normed = (value * _gain(weight, column, offset, D)[None, :] * inverse_rms[:, None]).to(dtype)
         if FP8:
-            tl.store(h + first * D + place, _in_8_bits(normed.to(tl.float32), divisor[:, None]), mask=mask)
+            short = (normed.to(tl.float32) * inverse_scale[:, None]).to(tl.float8e4nv)
+            tl.store(h + first * D + place, short, mask=mask)
         else:
             tl.store(h + first * D + place, normed, mask=mask)
         if READ:
@@ -179,9 +183,9 @@ def _norm_again(x, rstd, weight, h, scale, offset, D: tl.constexpr, FP8: tl.cons
     normed = (value * _gain(weight, column, offset, D) * tl.load(rstd + row)).to(x.dtype.element_ty)
     if FP8:
         wide = normed.to(tl.float32)
-        divisor = _row_scale(tl.max(tl.abs(wide), axis=0))
+        divisor = row_scale(tl.max(tl.abs(wide), axis=0))
         tl.store(scale + row, divisor)
-        tl.store(h + row * D + column, _in_8_bits(wide, divisor), mask=mask)
+        tl.store(h + row * D + column, (wide * tl.div_rn(1.0, divisor)).to(tl.float8e4nv), mask=mask)
     else:
         tl.store(h + row * D + column, normed, mask=mask)
 
@@ -210,10 +214,10 @@ def _add_norm_backward(
     mean = tl.sum(products, axis=1) * inverse_rms
     if READ:
         read = tl.arange(0, READ_PAD)
-        short = row[:, None] * READ + read
+        narrow = row[:, None] * READ + read
         valid = real[:, None] & (read < READ)
-        low = tl.load(dha + first * READ + short, mask=valid, other=0.0)
-        kept = tl.load(ha + first * READ + short, mask=valid, other=0.0)
+        low = tl.load(dha + first * READ + narrow, mask=valid, other=0.0)
+        kept = tl.load(ha + first * READ + narrow, mask=valid, other=0.0)
         mean += tl.sum(low.to(tl.float32) * kept.to(tl.float32), axis=1)
     mean /= D
 
@@ -242,8 +246,9 @@ def _add_norm_backward(
             largest = tl.maximum(largest, tl.abs(rounded.to(tl.float32) * factor[None, :]))
 
     if FP8:
-        divisor = _row_scale(tl.max(largest, axis=1))
+        divisor = row_scale(tl.max(largest, axis=1))
         tl.store(scale + first + row, divisor, mask=real)
+        inverse_scale = tl.div_rn(1.0, divisor)
     if ADDED:
         added = tl.arange(0, ADDED_PAD)
         product = tl.zeros((ROWS, ADDED_PAD), tl.float32)
@@ -258,8 +263,8 @@ def _add_norm_backward(
                 product = tl.dot(value, _columns_of(B, column, added, ADDED, D), product, input_precision="ieee")
             if FP8:
                 factor = tl.load(w_scale + column, mask=column < D, other=0.0)
-                scaled = value.to(tl.float32) * factor[None, :]
-                tl.store(dx8 + first * D + place, _in_8_bits(scaled, divisor[:, None]), mask=mask)
+                short = value.to(tl.float32) * factor[None, :] * inverse_scale[:, None]
+                tl.store(dx8 + first * D + place, short.to(tl.float8e4nv), mask=mask)
     if ADDED:
         valid = real[:, None] & (added < ADDED)
         tl.store(dxa + first * ADDED + (row[:, None] * ADDED + added), product.to(dtype), mask=valid)
@@ -281,23 +286,6 @@ def _rows_of(A, read, column, READ: tl.constexpr, D: tl.constexpr):
 def _columns_of(B, column, added, ADDED: tl.constexpr, D: tl.constexpr):
     mask = (column < D)[:, None] & (added < ADDED)
     return tl.load(B + column[:, None] * ADDED + added, mask=mask, other=0.0, eviction_policy="evict_last")
-
-
-@triton.jit
-def _row_scale(amax):
-    divisor = tl.div_rn(amax, 448.0)
-    return tl.where(divisor == 0.0, 1.0, divisor)
-
-
-@triton.jit
-def _in_8_bits(value, divisor):
-    """value / divisor, rounded once as a division is, without its cost: one reciprocal to a row, then two corrections.
-
-    (Markstein 1990.) A row below 2⁻¹²⁶, whose reciprocal may be infinite, becomes zeros.
-    """
-    inverse = tl.where(divisor < 1.1754943508222875e-38, 0.0, tl.div_rn(1.0, divisor))
-    quotient = value * inverse
-    return tl.fma(tl.fma(-quotient, divisor, value), inverse, quotient).to(tl.float8e4nv)
 
 
 def _sizes(launch: Launch, width: int, A: Tensor | None, B: Tensor | None) -> dict[str, int]:
