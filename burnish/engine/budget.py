@@ -28,7 +28,7 @@ LINK_RATE = 50e9
 """Bytes a second between pinned host memory and the device."""
 BANDWIDTH = 3e12
 """Bytes a second of device memory."""
-STORED_BYTES = {"nf4": 0.52, "bf16": 2.0, "fp32": 4.0, "full": 4.0}
+STORED_BYTES = {"nf4": 0.52, "bf16": 2.0, "fp32": 4.0, "full": 4.0, "full16": 2.0}
 """Of a number, by storage."""
 
 
@@ -114,7 +114,7 @@ def sizes_of(config: DecoderConfig, work: Work) -> Sizes:
         # The hidden states, those that are scored and the gradients of both; logits in fp32 and their gradient.
         head=4 * tokens * hidden * itemsize + logits * (4 + itemsize),
         forward=sum(seconds.values()) + linear(inner, hidden),
-        decoded=parameters * (2 if work.fp8 else itemsize) if other and work.storage != "full" else 0,
+        decoded=parameters * (2 if work.fp8 else itemsize) if other and not work.storage.startswith("full") else 0,
         passes=work.passes,
     )
 

@@ -13,6 +13,7 @@ from burnish.engine import budget
 from burnish.engine.budget import Held, Sizes, Work, make_plan, peak_bytes, plan_for, sizes_of
 from burnish.model.families import DecoderConfig, LayerConfig, parse_config
 from burnish.model.shelf import NAMES, Plan, buffer_bytes, keep_everything, keep_inputs
+from burnish.model.storage import STORAGES
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 GB, PLENTY = 10**9, 10**15
@@ -140,7 +141,7 @@ def test_with_room_for_all_nothing_is_computed_again_and_then_weights_stay_decod
     plan = make_plan(sizes, 32, everything + 5 * 202_375_168 * 2 + 1, PLENTY)  # bf16 weights of 5 blocks
     assert plan is not None
     assert plan.dense_blocks == 5
-    for storage, fp8, blocks in (("bf16", False, 0), ("full", False, 0), ("bf16", True, 32)):
+    for storage, fp8, blocks in (("bf16", False, 0), ("full", False, 0), ("full16", False, 0), ("bf16", True, 32)):
         plan = make_plan(sizes_of(LLAMA_7B, work(storage=storage, fp8=fp8)), 32, PLENTY, PLENTY)
         assert plan is not None
         assert plan.dense_blocks == blocks
@@ -306,8 +307,8 @@ def test_on_a_cpu_auto_keeps_everything_and_amounts_are_refused_only_below_the_w
         plan_for(sizes, 4, "3MB", held, CPU)
 
 
-def test_every_family_that_ships_has_a_plan() -> None:
-    """Also one with windows in some layers, in every storage, with and without 8 bits."""
+def test_every_storage_has_a_plan() -> None:
+    """Of a model with windows in some layers, with and without 8 bits."""
     raw: dict[str, object] = {
         "architectures": ["Qwen2ForCausalLM"],
         "vocab_size": 1000,
@@ -316,7 +317,7 @@ def test_every_family_that_ships_has_a_plan() -> None:
     }
     raw |= {"num_hidden_layers": 6, "num_attention_heads": 4, "use_sliding_window": True, "max_window_layers": 3}
     shape = parse_config(raw)
-    for storage in ("full", "bf16", "fp32", "nf4"):
+    for storage in STORAGES:
         for itemsize, fp8 in ((2, False), (2, True), (4, False)):
             given = Work(512, 128, 16, itemsize, storage, fp8)
             plan = make_plan(sizes_of(shape, given), 6, PLENTY, PLENTY)
