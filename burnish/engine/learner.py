@@ -67,6 +67,8 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+        # Optimizers in one launch do not say so themselves, and copies of the weights (`model/factors.py`) go by it.
+        torch.autograd.graph.increment_version(list(self.parameters.values()))
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_taken += 1
         return metrics_out | {"learning_rate": rate, "tokens": tokens}
