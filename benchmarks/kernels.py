@@ -24,7 +24,9 @@ from benchmarks.rows import current_commit, write_row
 from benchmarks.rows import read_words as read
 from benchmarks.turns import median
 from burnish.ops import fp8, nf4
+from burnish.ops.add_norm import Gain, NormBackward, add_norm, add_norm_backward, norm_again
 from burnish.ops.attention import Layout, attention_backward, attention_forward, rotary_table
+from burnish.ops.log_probs import read_rows
 from burnish.ops.rope import Heads, rope, rope_backward
 
 WORDS = {"only": "", "results": "", "commit": "", "note": ""}
@@ -213,6 +215,41 @@ def attention_cases(device: torch.device) -> Iterator[Case]:
         yield f"attention backward {name}", call, 2 * moved
 
 
+def head_cases(device: torch.device) -> Iterator[Case]:
+    """A chunk of logits of Llama-2-7B and of Llama-3.1-8B: what they say of targets, and their gradient over them."""
+    for shape in ((1024, 32000), (512, 128256)):
+        logits_KV = torch.randn(shape, device=device)
+        targets_K, title = torch.randint(0, shape[1], shape[:1], device=device), f"{shape[0]}x{shape[1]}"
+        for form, dtype, moved in (("read", None, 4), ("read and gradient", torch.bfloat16, 6)):
+            call = partial(read_rows, targets_K=targets_K, softcap=None, dtype=dtype)
+            yield f"logits {form} {title}", rotated(call, logits_KV), moved * logits_KV.numel()
+
+
+def add_norm_cases(device: torch.device) -> Iterator[Case]:
+    """Addition and norm at width 4,096, with LoRA of rank 16 on the layer before and on three behind, or none."""
+    shapes = {"x": (TOKENS, 4096), "B": (4096, 16), "A": (48, 4096), "xa": (TOKENS, 16), "dha": (TOKENS, 48)}
+    x, B, A, xa, dha = (torch.randn(shape, device=device).bfloat16() for shape in shapes.values())
+    y, size, gain, w_scale = x.clone(), x.numel(), Gain(x[0].clone(), 1e-5, 0.0), torch.rand(4096, device=device)
+    for lora, eight in itertools.product((True, False), (True, False)):
+        low = (xa, B) if lora else (None, None)
+        name, wanted = f"{' and LoRA' if lora else ''}{' to fp8' if eight else ''} {TOKENS}x4096", 1 if eight else 2
+        made = add_norm(x, y, *low, gain, A if lora else None, fp8=eight)
+        call = partial(add_norm, xa_TR=low[0], B_DR=low[1], gain=gain, A_RD=A if lora else None, fp8=eight)
+        yield f"add_norm{name}", rotated(call, x, y), (6 + wanted) * size
+        read = {"dha": dha, "A": A, "ha": made.ha, "B": B} if lora else {}
+        given = NormBackward(x, made.x, made.rstd, **read, w_scale=w_scale if eight else None)
+        call = partial(_norm_backward, given, gain)
+        yield f"add_norm backward{name}", rotated(call, x, made.x, y), (8 + eight) * size
+        if not lora:
+            call = partial(norm_again, rstd_T=made.rstd, gain=gain, fp8=eight)
+            yield f"norm_again{name}", rotated(call, x), (2 + wanted) * size
+
+
+def _norm_backward(given: NormBackward, gain: Gain, *parts: Tensor) -> object:
+    dh, x, dx_new = parts
+    return add_norm_backward(given._replace(dh=dh, x=x, dx_new=dx_new), gain, wants_weight=False)
+
+
 def bf16_product(device: torch.device, outputs: int, inputs: int) -> Call:
     """x Wᵀ in bf16."""
     x_TK = torch.randn(TOKENS, inputs, device=device).bfloat16()
@@ -249,7 +286,14 @@ KINDS: dict[str, Callable[[torch.device, int, int], Call]] = {
     "int8 scaled": partial(int8_product, True),
 }
 """The first is what the others are a share of."""
-SECTIONS: tuple[Callable[[torch.device], Iterator[Case]], ...] = (nf4_cases, fp8_cases, rope_cases, attention_cases)
+SECTIONS: tuple[Callable[[torch.device], Iterator[Case]], ...] = (
+    nf4_cases,
+    fp8_cases,
+    add_norm_cases,
+    rope_cases,
+    attention_cases,
+    head_cases,
+)
 """One function for each file of kernels; add yours."""
 
 
