@@ -8,7 +8,9 @@ from torch import nn
 
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
+from burnish.engine.budget import Held, Work, plan_for, sizes_of
 from burnish.engine.learner import Learner
+from burnish.engine.memory import in_use
 from burnish.engine.mesh import Mesh, shard
 from burnish.engine.roles import Role
 from burnish.engine.start import Start
@@ -16,14 +18,19 @@ from burnish.engine.trained import check_base
 from burnish.model.adapter_files import load_adapter, save_adapter
 from burnish.model.adapters import (
     AdapterSpec,
+    LoRA,
     adapter_names,
     adapter_parameters,
     add_adapter,
     copy_adapter,
+    linear_layers,
     set_dropout,
 )
 from burnish.model.checkpoint import base_fingerprint, init_model, load_model, save_model
 from burnish.model.decoder import Decoder
+from burnish.model.shelf import Plan
+from burnish.model.storage import Dense
+from burnish.ops import runs_kernels
 from burnish.optim.adamw import adamw
 from burnish.optim.schedule import multiplier
 from burnish.settings import AdapterSettings, ModelSettings, OptimSettings, RunSettings, TrainingSettings
@@ -48,11 +55,12 @@ def open_model(
     run: RunSettings,
     mesh: Mesh,
     furnish: Callable[[Decoder], None] | None = None,
+    states: float = 8.0,
 ) -> tuple[Decoder, str | None]:
     """The decoder, ready to train on every rank, and the name of the adapter that trains (None: full weights).
 
     The adapter is fresh, or a copy of the one that `start` names, which stays beside it under the name REFERENCE.
-    `furnish` adds what else the model is to carry, before it is laid over the devices.
+    `furnish` adds what else the model is to carry, before it is laid over the devices; `states` is for `lay_out`.
     """
     torch.manual_seed(run.seed)
     dtype = activation_dtype(run.dtype, mesh.device)
@@ -72,17 +80,56 @@ def open_model(
         add_adapter(decoder, name, spec, torch.Generator().manual_seed(run.seed))
     if furnish is not None:
         furnish(decoder)
-    lay_out(decoder, run, mesh)
+    lay_out(decoder, run, mesh, states)
     return decoder, name
 
 
-def lay_out(decoder: Decoder, run: RunSettings, mesh: Mesh) -> None:
-    """Make a complete decoder ready to run: checkpointing, compilation, its place on the ranks, random numbers."""
+def lay_out(decoder: Decoder, run: RunSettings, mesh: Mesh, states: float = 8.0) -> None:
+    """Make a complete decoder ready to run: how its blocks run, its place on the ranks, random numbers.
+
+    `states` are the bytes that the optimizer will hold for each trained number.
+    """
     decoder.checkpointing = run.memory == "least"
     if run.compile == "on" or (run.compile == "auto" and mesh.device.type == "cuda"):
         decoder.compile_blocks()
+    half = decoder.dtype in (torch.bfloat16, torch.float16)
+    by_hand = mesh.world == 1 and ((half and runs_kernels(mesh.device)) or run.fp8)
+    if by_hand and decoder.fuse_blocks(run.fp8):
+        decoder.planner = lambda: plan_of(decoder, run, states, mesh.device)
+    elif run.fp8:
+        reason = f"{mesh.world} ranks" if mesh.world > 1 else f"the blocks of a {decoder.config.architecture}"
+        raise ValueError(f"run.fp8: 8-bit matmuls are not there for {reason}: leave it out")
     shard(decoder, decoder.model.layers, mesh)
     torch.manual_seed(run.seed + mesh.rank)  # what is drawn from here on, dropout, differs from rank to rank
+
+
+def plan_of(decoder: Decoder, run: RunSettings, states: float, device: torch.device) -> Plan:
+    """What of each block waits for the backward pass, by run.memory and what is on the device by now."""
+    ranks = [part.rank for part in decoder.modules() if isinstance(part, LoRA)]
+    work = Work(
+        tokens=run.microbatch_tokens,
+        longest=run.microbatch_tokens,
+        rank=-(-max(ranks, default=0) // 16) * 16,
+        itemsize=decoder.dtype.itemsize,
+        storage=_storage(decoder),
+        fp8=run.fp8,
+    )
+    trained = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
+    to_come = sum(parameter.numel() * (parameter.itemsize + states) for parameter in trained)
+    held = Held(in_use(device) if device.type == "cuda" else 0, round(to_come))
+    sizes = sizes_of(decoder.config, work)
+    return plan_for(sizes, len(decoder.config.layers), run.memory, held, device)
+
+
+def _storage(decoder: Decoder) -> str:
+    """How the weights of the blocks are kept."""
+    stored = next(layer.stored for path, layer in linear_layers(decoder).items() if path != "lm_head")
+    if not isinstance(stored, Dense):
+        return "nf4"
+    half = stored.weight.dtype != torch.float32
+    if stored.weight.requires_grad:
+        return "full16" if half else "full"
+    return "bf16" if half else "fp32"
 
 
 def reference_role(decoder: Decoder) -> Role:

@@ -1,5 +1,6 @@
 """The packed decoder: what the rest of the program sees of a model."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, cast
 
@@ -60,6 +61,8 @@ class Decoder(nn.Module):
         self.compiled = False
         self.fused: FusedBlocks | None = None
         self.plan: Plan = keep_everything(len(config.layers))
+        self.planner: Callable[[], Plan] | None = None
+        """Gives the plan that the first pass with gradients makes its own, when all else is on the device."""
         self.model = Trunk(config, weights)
         if config.tied:
             self.lm_head = Linear(_share(self.model.embed_tokens.weight))
@@ -101,6 +104,8 @@ class Decoder(nn.Module):
 
     def new_cache(self, num_slots: int, max_tokens: int) -> Cache:
         """An empty cache for so many sequences of so many tokens, prompt and answer together."""
+        if self.fused is not None:
+            self.fused.release()
         return Cache(self.config, num_slots, max_tokens, self.device, self.dtype)
 
     @torch.no_grad()
@@ -152,6 +157,9 @@ class Decoder(nn.Module):
     def _run(self, tokens_T: Tensor, given: Pass, adapter: str | None) -> Tensor:
         hidden_TD = self.model.embed_tokens(tokens_T, self.dtype)
         if self.fused is not None and given.cache is None and self.fused.takes(adapter, self.training):
+            if self.planner is not None and torch.is_grad_enabled():
+                self.plan, self.planner = self.planner(), None
+                self.fused.hold_decoded(self.plan.dense_blocks)
             return self.fused(hidden_TD, given, adapter, self.plan)
         for layer in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():

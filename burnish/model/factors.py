@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from burnish.model.adapters import LoRA
 from burnish.model.joint import Joint
 
+_copy_all = torch._foreach_copy_  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+_multiply_all = torch._foreach_mul  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+
 
 class Pair(NamedTuple):
     """The factors of a joint layer."""
@@ -54,8 +57,8 @@ class Factors:
         if seen == self._seen:
             return
         with torch.no_grad():
-            torch._foreach_copy_(self._A, list(self.parameters[0::2]))
-            torch._foreach_copy_(self._B, torch._foreach_mul(list(self.parameters[1::2]), self.scales))
+            _copy_all(self._A, list(self.parameters[0::2]))
+            _copy_all(self._B, _multiply_all(list(self.parameters[1::2]), self.scales))
         self._seen = seen
 
     def _allocate(self, joint: Joint, loras: Sequence[LoRA | None], dtype: torch.dtype) -> Pair | None:

@@ -1,6 +1,6 @@
 """Linear layers that read the same input, as one matrix: q, k and v; gate and up."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -24,6 +24,9 @@ class Joint:
         self.layers = list(layers)
         self.widths = [layer.shape[0] for layer in layers]
         self.shape = (sum(self.widths), layers[0].shape[1])
+        self.hold = False
+        """Whether to keep the weight as it was last multiplied with, for the next time."""
+        self._held: dict[torch.dtype | bool, Tensor] = {}
         self._row_scale: Tensor | None = None
 
     @property
@@ -37,8 +40,26 @@ class Joint:
         """The weight of each layer where it can be trained, else None."""
         return [layer.stored.weight if isinstance(layer.stored, Dense) else None for layer in self.layers]
 
+    def release(self) -> None:
+        """Let go of what is held."""
+        self._held.clear()
+
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "O I"]:
         """The joint weight in `dtype`."""
+        return self._kept(dtype, lambda: self._dense(dtype))
+
+    def fp8(self, transposed: bool) -> Float[Tensor, "O I"] | Float[Tensor, "I O"]:
+        """The joint weight divided by `row_scale` in 8 bits, [O, I] or transposed: contiguous either way."""
+        return self._kept(transposed, lambda: self._fp8(transposed))
+
+    def _kept(self, key: torch.dtype | bool, make: Callable[[], Tensor]) -> Tensor:
+        if not self.hold:
+            return make()
+        if key not in self._held:
+            self._held[key] = make()
+        return self._held[key]
+
+    def _dense(self, dtype: torch.dtype) -> Tensor:
         stored = [layer.stored for layer in self.layers]
         if all(isinstance(part, Dense) and part.weight.dtype == dtype for part in stored):
             joined = _joined([cast(Dense, part).weight.detach() for part in stored])
@@ -65,8 +86,7 @@ class Joint:
             self._row_scale = torch.cat(scales)
         return self._row_scale
 
-    def fp8(self, transposed: bool) -> Float[Tensor, "O I"] | Float[Tensor, "I O"]:
-        """The joint weight divided by `row_scale` in 8 bits, [O, I] or transposed: contiguous either way."""
+    def _fp8(self, transposed: bool) -> Tensor:
         shape = self.shape[::-1] if transposed else self.shape
         scale = self.row_scale()
         weight = torch.empty(shape, dtype=FP8, device=scale.device)

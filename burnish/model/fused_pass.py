@@ -1,0 +1,341 @@
+"""One pass over all blocks of a decoder by hand, forward and backward: see `model/fused.py`."""
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from burnish.model.adapters import LoRA
+from burnish.model.blocks import Block, Norm, Pass
+from burnish.model.factors import Factors, Pair
+from burnish.model.families import DecoderConfig
+from burnish.model.joint import Joint
+from burnish.model.shelf import Shelf
+from burnish.ops.add_norm import Gain, NormBackward, Normed, NormGradient, add_norm, add_norm_backward, norm_again
+from burnish.ops.attention import attention_backward, attention_forward
+from burnish.ops.fp8 import Quantised, quantise_rows, scaled_matmul
+from burnish.ops.gate import GateBackward, Gated, gate, gate_backward
+from burnish.ops.outer import outer
+from burnish.ops.rope import Heads, RopeGradient, rope, rope_backward
+
+JOINTS = ("qkv", "o", "gate_up", "down")
+"""The joint layers of a block, in the order in which they are computed."""
+
+
+class Parts(NamedTuple):
+    """What a block is made of, as it is multiplied here."""
+
+    block: Block
+    norms: tuple[Norm, Norm]
+    qkv: Joint
+    o: Joint
+    gate_up: Joint
+    down: Joint
+
+
+class Small(NamedTuple):
+    """What is always kept of a block: a number or a few for each position."""
+
+    rstd: tuple[Tensor, Tensor]
+    low: dict[str, Tensor | None]
+    """What each joint layer reads, times its A."""
+
+
+class Trunk(NamedTuple):
+    """What passes run over."""
+
+    parts: list[Parts]
+    last: Norm
+    config: DecoderConfig
+    fp8: bool
+
+
+class FusedPass:
+    """One pass over the blocks: what its forward half leaves for its backward half."""
+
+    def __init__(self, trunk: Trunk, given: Pass, factors: Factors | None, dtype: torch.dtype) -> None:
+        assert given.layout is not None
+        self.parts, self.last, self.config, self.fp8 = trunk
+        self.heads = Heads(self.config.num_heads, self.config.num_kv_heads, self.config.head_dim)
+        self.layout, self.tables, self.dtype = given.layout, given.tables, dtype
+        self.factors = factors
+        pairs = iter([None] * (len(JOINTS) * len(self.parts)) if factors is None else factors.pairs)
+        self.lora: list[dict[str, Pair | None]] = [{name: next(pairs) for name in JOINTS} for _ in self.parts]
+        self.shelf: Shelf | None = None
+        self.small: list[Small] = []
+        self.end: tuple[Tensor, Tensor] | None = None
+        self.wants_x = False
+        self.gradients: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The hidden states. What a block adds to the stream is added in the norm that reads the sum."""
+        y, low, pair = None, None, None
+        for number, (part, lora) in enumerate(zip(self.parts, self.lora, strict=True)):
+            first = self._norm(part.norms[0], x, (y, low, pair), lora["qkv"])
+            qkv = self.matmul(part.qkv, first.h, first.h8)
+            self.turn(part, qkv, first.ha, lora["qkv"])
+            out, saved = self.attend(part, qkv)
+            low_o = None if lora["o"] is None else out @ lora["o"].A.T
+            y = self.matmul(part.o, out, quantise_rows(out) if self.fp8 else None)
+            second = self._norm(part.norms[1], first.x, (y, low_o, lora["o"]), lora["gate_up"])
+            gate_up = self.matmul(part.gate_up, second.h, second.h8)
+            gated = self._gate(gate_up, second.ha, lora)
+            if self.shelf is not None:
+                lows = {"qkv": first.ha, "o": low_o, "gate_up": second.ha, "down": gated.ha}
+                self.small.append(Small((first.rstd, second.rstd), lows))
+                self.shelf.put(number, "x", (first.x,))
+                self.shelf.put(number, "qkv", (qkv,))
+                self.shelf.put(number, "attention", (out, *saved))
+                self.shelf.put(number, "x_mid", (second.x,))
+                self.shelf.put(number, "gate_up", (gate_up,))
+            del qkv, out, saved, gate_up
+            y = self.matmul(part.down, gated.h, gated.h8)
+            x, low, pair = second.x, gated.ha, lora["down"]
+        last = add_norm(x, y, low, pair and pair.B, gain_of(self.last), None, False)
+        self.end = (last.x, last.rstd)
+        assert last.h is not None
+        return last.h
+
+    def backward(self, dh: Tensor) -> Tensor | None:
+        """The gradient of x, where it is wanted; those of parameters are left in `gradients`."""
+        assert self.end is not None
+        assert self.shelf is not None
+        x, rstd = self.end
+        self.end = None
+        gradient = self._norm_backward(self.last, NormBackward(dh, x, rstd), (len(self.parts) - 1, "down"))
+        del x
+        for number in reversed(range(len(self.parts))):
+            if number:
+                self.shelf.prefetch(number - 1)
+            gradient = self._block_backward(number, gradient)
+        self._scale_B()
+        return gradient.dx if self.wants_x else None
+
+    def _block_backward(self, number: int, above: NormGradient) -> NormGradient:
+        part, lora, small = self.parts[number], self.lora[number], self.small.pop()
+        held = _Held(self, number, small)
+        x_mid, pair, low = held.x_mid(), lora["gate_up"], small.low["gate_up"]
+        Bs = (None, None) if pair is None else pair.Bs
+        given = GateBackward(
+            self._back(part.down, above.dx, above.dx8), held.gate_up(), above.dxa, lora["down"] and lora["down"].A,
+            low, Bs[0], Bs[1], part.gate_up.row_scale() if self.fp8 else None,
+        )  # fmt: skip
+        mlp = gate_backward(given, self.config.activation)
+        del given
+        self._collect(part.down, lora["down"], above.dx, mlp.h, above.dxa, small.low["down"])
+        dh = self._back(part.gate_up, mlp.dgu, mlp.dgu8)
+        norm, rstd = part.norms[1], small.rstd[1]
+        self._collect(part.gate_up, pair, mlp.dgu, self._again(norm, x_mid, rstd, part.gate_up, pair), mlp.dxa, low)
+        seen = NormBackward(dh, x_mid, rstd, above.dx, mlp.dxa, pair and pair.A, low)
+        del mlp, dh, above, x_mid
+        middle = self._norm_backward(norm, seen, (number, "o"))
+        del seen
+
+        qkv, out, saved = held.attention()
+        dout = self._back(part.o, middle.dx, middle.dx8)
+        if lora["o"] is not None:
+            dout.addmm_(cast(Tensor, middle.dxa), lora["o"].A)
+        self._collect(part.o, lora["o"], middle.dx, out, middle.dxa, small.low["o"])
+        turned = self._attend_backward(number, dout, qkv, out, saved)
+        del qkv, out, saved, dout
+        x, pair, low, norm, rstd = held.x(), lora["qkv"], small.low["qkv"], part.norms[0], small.rstd[0]
+        self._collect(part.qkv, pair, turned.dqkv, self._again(norm, x, rstd, part.qkv, pair), turned.dxa, low)
+        if number == 0 and not self.wants_x and not norm.weight.requires_grad:
+            return middle
+        dh = self._back(part.qkv, turned.dqkv, turned.dqkv8)
+        seen = NormBackward(dh, x, rstd, middle.dx, turned.dxa, pair and pair.A, low)
+        return self._norm_backward(norm, seen, (number - 1, "down") if number else None)
+
+    def _norm(
+        self, norm: Norm, x: Tensor, added: tuple[Tensor | None, Tensor | None, Pair | None], pair: Pair | None
+    ) -> Normed:
+        y, low, before = added
+        return add_norm(x, y, low, before and before.B, gain_of(norm), pair and pair.A, self.fp8)
+
+    def matmul(self, joint: Joint, h: Tensor | None, h8: Quantised | None) -> Tensor:
+        """h Wᵀ, in 8 bits where h is."""
+        if h8 is not None:
+            return scaled_matmul(h8, joint.fp8(transposed=False), joint.row_scale(), self.dtype)
+        assert h is not None
+        return h @ joint.dense(h.dtype).T
+
+    def _back(self, joint: Joint, dy: Tensor, dy8: Quantised | None) -> Tensor:
+        if dy8 is not None:  # the rows' scales are in dy8
+            return scaled_matmul(dy8, joint.fp8(transposed=True), None, self.dtype)
+        return dy @ joint.dense(dy.dtype)
+
+    def turn(self, part: Parts, qkv: Tensor, low: Tensor | None, pair: Pair | None) -> None:
+        """LoRA, bias and rotation, in place."""
+        rope(qkv, low, _three(pair), part.qkv.bias, self._table(part), self.heads)
+
+    def _table(self, part: Parts) -> tuple[Tensor, Tensor]:
+        assert part.block.self_attn.rope is not None
+        return self.tables[part.block.self_attn.rope]
+
+    def attend(self, part: Parts, qkv: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What attention gives, as a matrix, and what its backward pass wants besides."""
+        attention = part.block.self_attn
+        out, saved = attention_forward(*self._split(qkv), self.layout, attention.scale, attention.window)
+        return out.flatten(1), saved
+
+    def _attend_backward(
+        self, number: int, dout: Tensor, qkv: Tensor, out: Tensor, saved: tuple[Tensor, ...]
+    ) -> RopeGradient:
+        part, pair = self.parts[number], self.lora[number]["qkv"]
+        attention = part.block.self_attn
+        shape = (len(out), self.heads.queries, self.heads.width)
+        dq, dk, dv = attention_backward(
+            dout.view(shape), self._split(qkv), out.view(shape), saved, self.layout, attention.scale, attention.window
+        )
+        scale = part.qkv.row_scale() if self.fp8 else None
+        return rope_backward(dq, dk, dv, self._table(part), _three(pair), scale)
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        queries, keys, width = self.heads
+        q, k, v = qkv.split((queries * width, keys * width, keys * width), dim=1)
+        return q.unflatten(1, (-1, width)), k.unflatten(1, (-1, width)), v.unflatten(1, (-1, width))
+
+    def _gate(self, gate_up: Tensor, low: Tensor | None, lora: dict[str, Pair | None]) -> Gated:
+        pair, down = lora["gate_up"], lora["down"]
+        Bs = (None, None) if pair is None else pair.Bs
+        return gate(gate_up, low, Bs[0], Bs[1], down and down.A, self.config.activation, self.fp8)
+
+    def _again(self, norm: Norm, x: Tensor, rstd: Tensor, joint: Joint, pair: Pair | None) -> Tensor | None:
+        """The norm's output, where a gradient of what it is multiplied with is wanted."""
+        if pair is None and not is_trained(joint):
+            return None
+        return norm_again(x, rstd, gain_of(norm), False)[0]
+
+    def _norm_backward(self, norm: Norm, given: NormBackward, below: tuple[int, str] | None) -> NormGradient:
+        """Through a norm; `below` is the joint layer whose output was added to the stream before it."""
+        if below is not None:
+            number, name = below
+            lora = self.lora[number][name]
+            scale = joints_of(self.parts[number])[name].row_scale() if self.fp8 else None
+            given = given._replace(B=lora and lora.B, w_scale=scale)
+        gradient = add_norm_backward(given, gain_of(norm), norm.weight.requires_grad)
+        if gradient.dweight is not None:
+            self.gradients[id(norm.weight)] = gradient.dweight.to(norm.weight.dtype)
+        return gradient
+
+    def _collect(
+        self, joint: Joint, pair: Pair | None, dy: Tensor, h: Tensor | None, dlow: Tensor | None, low: Tensor | None
+    ) -> None:
+        """The gradients of a joint layer's own parameters."""
+        if is_trained(joint):
+            assert h is not None
+            weights = cast(list[nn.Parameter], joint.weights)
+            dW = _product(dy.T, h, weights[0].dtype)
+            for weight, rows in zip(weights, dW.split(joint.widths), strict=True):
+                self.gradients[id(weight)] = rows
+        for layer, columns in zip(joint.layers, dy.split(joint.widths, dim=1), strict=True):
+            if layer.bias is not None and layer.bias.requires_grad:
+                self.gradients[id(layer.bias)] = columns.sum(0, dtype=torch.float32).to(layer.bias.dtype)
+        if pair is None:
+            return
+        assert self.factors is not None
+        assert h is not None
+        assert dlow is not None
+        assert low is not None
+        rank = self.factors.rank
+        dA = _product(dlow.T, h, torch.float32)
+        for place, (layer, columns) in enumerate(zip(joint.layers, dy.split(joint.widths, dim=1), strict=True)):
+            if self.factors.name in layer.adapters:
+                lora = cast(LoRA, layer.adapters[self.factors.name])
+                rows = slice(place * rank, (place + 1) * rank)
+                self.gradients[id(lora.A)] = dA[rows][: lora.rank].to(lora.A.dtype)
+                self.gradients[id(lora.B)] = outer(columns, low[:, rows])[:, : lora.rank].to(lora.B.dtype)
+
+    def _scale_B(self) -> None:
+        if self.factors is not None:
+            B = self.factors.parameters[1::2]
+            found = [(self.gradients[id(b)], s) for b, s in zip(B, self.factors.scales, strict=True)]
+            torch._foreach_mul_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+                [gradient for gradient, _ in found], [scale for _, scale in found]
+            )
+
+
+class _Held:
+    """What the backward pass of one block needs, taken from the shelf or computed again, each once."""
+
+    def __init__(self, run: FusedPass, number: int, small: Small) -> None:
+        assert run.shelf is not None
+        self.run, self.number, self.small, self.shelf = run, number, small, run.shelf
+        self.part, self.lora = run.parts[number], run.lora[number]
+        self._x: Tensor | None = None
+        self._attention: tuple[Tensor, Tensor, tuple[Tensor, ...]] | None = None
+        self._x_mid: Tensor | None = None
+
+    def x(self) -> Tensor:
+        """The stream before the block."""
+        if self._x is None:
+            found = self.shelf.get(self.number, "x")
+            assert found is not None
+            (self._x,) = found
+        return self._x
+
+    def attention(self) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """The turned q, k and v, what attention made of them, and what it keeps for its own backward pass."""
+        if self._attention is None:
+            found, kept = self.shelf.get(self.number, "qkv"), self.shelf.get(self.number, "attention")
+            if found is None:
+                h, h8 = norm_again(self.x(), self.small.rstd[0], gain_of(self.part.norms[0]), self.run.fp8)
+                qkv = self.run.matmul(self.part.qkv, h, h8)
+                self.run.turn(self.part, qkv, self.small.low["qkv"], self.lora["qkv"])
+            else:
+                (qkv,) = found
+            if kept is None:
+                out, saved = self.run.attend(self.part, qkv)
+            else:
+                out, *rest = kept
+                saved = tuple(rest)
+            self._attention = qkv, out, saved
+        return self._attention
+
+    def x_mid(self) -> Tensor:
+        """The stream between attention and MLP."""
+        if self._x_mid is None:
+            found = self.shelf.get(self.number, "x_mid")
+            if found is not None:
+                (self._x_mid,) = found
+                return self._x_mid
+            out, pair = self.attention()[1], self.lora["o"]
+            y = self.run.matmul(self.part.o, out, quantise_rows(out) if self.run.fp8 else None)
+            low, gain = self.small.low["o"], gain_of(self.part.norms[1])
+            self._x_mid = add_norm(self.x(), y, low, pair and pair.B, gain, None, False).x
+        return self._x_mid
+
+    def gate_up(self) -> Tensor:
+        """Gate and up, without LoRA."""
+        found = self.shelf.get(self.number, "gate_up")
+        if found is not None:
+            return found[0]
+        h, h8 = norm_again(self.x_mid(), self.small.rstd[1], gain_of(self.part.norms[1]), self.run.fp8)
+        return self.run.matmul(self.part.gate_up, h, h8)
+
+
+def joints_of(part: Parts) -> dict[str, Joint]:
+    """The joint layers of a block, by their names in JOINTS."""
+    return {"qkv": part.qkv, "o": part.o, "gate_up": part.gate_up, "down": part.down}
+
+
+def gain_of(norm: Norm) -> Gain:
+    """What the norm multiplies by."""
+    return Gain(norm.weight.detach(), norm.eps, norm.offset)
+
+
+def _three(pair: Pair | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    return None if pair is None else (pair.Bs[0], pair.Bs[1], pair.Bs[2])
+
+
+def is_trained(joint: Joint) -> bool:
+    """Whether its weights get a gradient."""
+    weight = joint.weights[0]
+    return weight is not None and weight.requires_grad
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right in `dtype`, which half precision on a GPU reaches unrounded."""
+    if left.dtype == dtype or not left.is_cuda or dtype != torch.float32:
+        return (left @ right).to(dtype)
+    return torch.mm(left, right, out_dtype=torch.float32)
