@@ -76,8 +76,8 @@ def gate(
         return reference_gate(gu_TJ, xa_TR, Bg_IR, Bu_IR, A_down_RI, activation, fp8)
     from burnish.kernels.gate import gate as kernel
 
-    h, values, scale, ha = kernel(gu_TJ, xa_TR, Bg_IR, Bu_IR, A_down_RI, activation, fp8)
-    return Gated(h, None, ha) if values is None or scale is None else Gated(None, Quantised(values, scale), ha)
+    h_TI, ha_TR = kernel(gu_TJ, xa_TR, Bg_IR, Bu_IR, A_down_RI, activation)
+    return Gated(None, quantise_rows(h_TI), ha_TR) if fp8 else Gated(h_TI, None, ha_TR)
 
 
 def gate_backward(given: GateBackward, activation: Activation) -> GateGradient:
@@ -96,9 +96,9 @@ def gate_backward(given: GateBackward, activation: Activation) -> GateGradient:
         return reference_gate_backward(given, activation)
     from burnish.kernels.gate import gate_backward as kernel
 
-    dxa, values, scale = kernel(*given, activation)
-    dgu8 = None if values is None or scale is None else Quantised(values, scale)
-    return GateGradient(given.gu, dxa, given.dh, dgu8)
+    dxa_TR = kernel(*given[:-1], activation)
+    dgu8 = None if given.w_scale is None else quantise_rows(given.gu, given.w_scale)
+    return GateGradient(given.gu, dxa_TR, given.dh, dgu8)
 
 
 def reference_gate(
