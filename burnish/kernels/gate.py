@@ -16,12 +16,14 @@ from torch import Tensor
 
 _PROGRAMS = 1056
 """Spans are made until there are about so many programs: two rounds of four on each of 132 multiprocessors."""
-_ROWS, _COLUMNS, _WARPS = 64, 32, 4
-"""To a block of rows and a chunk of columns. Each block reads all low-rank weights again, from L2: with 64 rows and rank
-16 that is 135 MB in all for 8,192 rows of 11,008, where gate and up are 360 MB. Triton gives each warp 16 rows of a
-product that another product reads: more warps than rows / 16 would repeat each other's work. 32 columns leave registers
-for three programs to a multiprocessor backward, and five forward, with the next chunk under way."""
-_LEAST_CHUNKS = 8
+_ROWS, _WARPS = 64, 4
+"""To a block of rows. Each block reads all low-rank weights again, from L2: with rank 16 that is 135 MB in all for 8,192
+rows of 11,008, where gate and up are 360 MB. Triton gives each warp 16 rows of a product that another product reads:
+more warps than rows / 16 would repeat each other's work."""
+_FORWARD_REGISTERS = 168
+"""The most that leave room for three programs on a multiprocessor, with a chunk under way in each; at rank 16 it would
+take 171. Backward two programs, whose chunks are larger, need all there are."""
+_LEAST_COLUMNS = 256
 """No span is shorter: a program reads its low-rank rows, and writes its partial results, once for a span."""
 _MOST_SUMMED = 64
 """Higher ranks leave no registers for sums: cuBLAS makes these products, reading its long side once more."""
@@ -30,9 +32,12 @@ _ADDED = 1024
 
 
 class _Plan(NamedTuple):
-    """How columns are cut: `chunks` of `_COLUMNS` to a span."""
+    """How columns are cut."""
 
+    columns: int
+    """To a chunk: 64 are a line of the cache, for which higher ranks leave too few registers."""
     chunks: int
+    """To a span."""
     spans: int
 
 
@@ -42,17 +47,17 @@ def gate(
     """(h, h A_downᵀ)."""
     num_rows, inner = len(gu), gu.shape[1] // 2
     assert all(each is None or each.is_contiguous() for each in (gu, xa, Bg, Bu, A_down))
-    rank_out = 0 if A_down is None else len(A_down)
+    rank_in, rank_out = 0 if Bg is None else Bg.shape[1], 0 if A_down is None else len(A_down)
     summed = 0 < rank_out <= _MOST_SUMMED
-    plan = _plan(num_rows, inner)
+    plan = _plan(num_rows, inner, max(rank_in, rank_out))
     h = torch.empty((num_rows, inner), dtype=gu.dtype, device=gu.device)
     sums = _partial(gu, plan, rank_out) if summed else None
     with _on(gu):
         if num_rows:
             _forward[(plan.spans, triton.cdiv(num_rows, _ROWS))](
                 gu, xa, Bg, Bu, A_down if summed else None, h, sums, num_rows, inner, plan.chunks,
-                SILU=activation == "silu", RANK_IN=0 if Bg is None else Bg.shape[1], RANK_OUT=rank_out if summed else 0,
-                ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS, num_stages=2,
+                SILU=activation == "silu", RANK_IN=rank_in, RANK_OUT=rank_out if summed else 0,
+                ROWS=_ROWS, COLUMNS=plan.columns, num_warps=_WARPS, num_stages=2, maxnreg=_FORWARD_REGISTERS,
             )  # fmt: skip
         if sums is not None:
             return h, _added(sums, gu.dtype)
@@ -72,27 +77,28 @@ def gate_backward(
     """[dg Bg | du Bu]; [dg | du] is written over gu, and h over dh."""
     num_rows, inner = dh.shape
     assert all(each is None or each.is_contiguous() for each in (dh, gu, dha, A_down, xa, Bg, Bu))
-    rank_in = 0 if Bg is None else Bg.shape[1]
+    rank_in, rank_out = 0 if Bg is None else Bg.shape[1], 0 if A_down is None else len(A_down)
     summed = 0 < rank_in <= _MOST_SUMMED
-    plan = _plan(num_rows, inner)
+    plan = _plan(num_rows, inner, max(rank_in, rank_out))
     sums = _partial(gu, plan, 2 * rank_in) if summed else None
     with _on(gu):
         if num_rows:
             _backward[(plan.spans, triton.cdiv(num_rows, _ROWS))](
                 dh, gu, dha, A_down, xa, Bg, Bu, sums, num_rows, inner, plan.chunks,
-                SILU=activation == "silu", RANK_IN=rank_in, RANK_OUT=0 if A_down is None else len(A_down),
-                SUMMED=summed, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS, num_stages=2,
+                SILU=activation == "silu", RANK_IN=rank_in, RANK_OUT=rank_out, SUMMED=summed,
+                ROWS=_ROWS, COLUMNS=plan.columns, num_warps=_WARPS, num_stages=2,
             )  # fmt: skip
         if sums is not None:
             return _added(sums, gu.dtype)
     return None if Bg is None or Bu is None else torch.cat([gu[:, :inner] @ Bg, gu[:, inner:] @ Bu], dim=1)
 
 
-def _plan(num_rows: int, inner: int) -> _Plan:
-    chunks = triton.cdiv(inner, _COLUMNS)
-    wanted = _PROGRAMS // max(triton.cdiv(num_rows, _ROWS), 1)
-    per_span = triton.cdiv(chunks, max(min(wanted, chunks // _LEAST_CHUNKS), 1))
-    return _Plan(per_span, triton.cdiv(chunks, per_span))
+def _plan(num_rows: int, inner: int, rank: int) -> _Plan:
+    columns = 64 if rank <= 16 else 32
+    chunks = triton.cdiv(inner, columns)
+    wanted = min(_PROGRAMS // max(triton.cdiv(num_rows, _ROWS), 1), inner // _LEAST_COLUMNS)
+    per_span = triton.cdiv(chunks, max(wanted, 1))
+    return _Plan(columns, per_span, triton.cdiv(chunks, per_span))
 
 
 def _partial(like: Tensor, plan: _Plan, width: int) -> Tensor:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 _PROGRAMS = 1056
 """Spans are made until there are about so many programs: two rounds of four on each of 132 multiprocessors."""
-_ROWS = 64
-"""Read at a time: with 128 columns 16 KiB, of which three are under way."""
+_ROWS, _STAGES = 64, 3
+"""Rows read at a time, and how many times over: with 128 columns 16 KiB, of which four programs to a multiprocessor have
+two under way each."""
 _LEAST_ROWS = 256
 """No span is shorter, or its sums would be a large part of what is moved: 2 · 4 · R bytes a column to 2 · rows."""
 
@@ -35,7 +36,7 @@ def outer(x: Tensor, z: Tensor) -> Tensor:
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             _outer[(blocks, spans)](
                 x, z, partial, num_rows, width, x.stride(0), z.stride(0), span,
-                RANK=rank, PADDED=padded, ROWS=_ROWS, COLUMNS=columns, num_warps=warps, num_stages=4,
+                RANK=rank, PADDED=padded, ROWS=_ROWS, COLUMNS=columns, num_warps=warps, num_stages=_STAGES,
             )  # fmt: skip
     return partial[0] if spans == 1 else partial.sum(dim=0)
 
