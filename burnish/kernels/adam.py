@@ -35,8 +35,10 @@ class Table(NamedTuple):
 
 def chunks_of(counts: Sequence[int]) -> Tensor:
     """The chunks of tensors of so many values, for a table."""
-    pairs = [(tensor, chunk) for tensor, count in enumerate(counts) for chunk in range(triton.cdiv(count, _CHUNK))]
-    return torch.tensor(pairs, dtype=torch.int32).view(-1, 2)
+    programs = torch.tensor([triton.cdiv(count, _CHUNK) for count in counts])
+    tensor = torch.arange(len(counts)).repeat_interleave(programs)
+    chunk = torch.arange(len(tensor)) - (programs.cumsum(0) - programs).repeat_interleave(programs)
+    return torch.stack([tensor, chunk], dim=1).int()
 
 
 def squares(table: Table) -> Tensor:

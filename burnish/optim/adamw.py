@@ -252,7 +252,8 @@ def reference_update(
         first, second = _moments(state, part)
         first = first * update.beta1 + grad * update.rest1
         second = second * update.beta2 + grad * grad * update.rest2
-        root = second.sqrt() * update.inverse_root + update.eps
+        # By way of fp64: on the CPU the fp32 root is a unit off for one value in five, and other machines differ.
+        root = second.double().sqrt().float() * update.inverse_root + update.eps
         weight = weights[part].float() * update.kept - first / root * update.size
         rounded = round_by_chance(weight, key, counter, start) if weights.dtype == torch.bfloat16 else weight
         weights[part].copy_(rounded)
