@@ -26,7 +26,9 @@ from benchmarks.turns import median
 from burnish.ops import fp8, nf4
 from burnish.ops.add_norm import Gain, NormBackward, add_norm, add_norm_backward, norm_again
 from burnish.ops.attention import Layout, attention_backward, attention_forward, rotary_table
+from burnish.ops.gate import GateBackward, gate, gate_backward
 from burnish.ops.log_probs import read_rows
+from burnish.ops.outer import outer
 from burnish.ops.rope import Heads, rope, rope_backward
 
 WORDS = {"only": "", "results": "", "commit": "", "note": ""}
@@ -250,6 +252,32 @@ def _norm_backward(given: NormBackward, gain: Gain, *parts: Tensor) -> object:
     return add_norm_backward(given._replace(dh=dh, x=x, dx_new=dx_new), gain, wants_weight=False)
 
 
+def gate_cases(device: torch.device) -> Iterator[Case]:
+    """The gate of Llama-2-7B, with LoRA of rank 16 around it or none; in place backward, on its own results."""
+    inner = 11008
+    shapes = {"xa": (TOKENS, 32), "Bg": (inner, 16), "Bu": (inner, 16), "A_down": (16, inner), "dha": (TOKENS, 16)}
+    low = {name: torch.randn(shape, device=device).bfloat16() for name, shape in shapes.items()}
+    gu, dh = (torch.randn(TOKENS, width, device=device).bfloat16() for width in (2 * inner, inner))
+    w_scale, size = torch.rand(2 * inner, device=device), dh.numel()
+    for lora, eight in itertools.product((True, False), (True, False)):
+        name = f"{' and LoRA' if lora else ''}{' to fp8' if eight else ''} {TOKENS}x{inner}"
+        given = GateBackward(dh, gu, **(low if lora else {}), w_scale=w_scale if eight else None)
+        call = partial(gate, xa_TR=given.xa, Bg_IR=given.Bg, Bu_IR=given.Bu, A_down_RI=given.A_down)
+        yield f"gate{name}", rotated(partial(call, activation="silu", fp8=eight), gu), (5 if eight else 6) * size
+        yield f"gate backward{name}", rotated(partial(_gate_backward, given), dh, gu), (14 if eight else 12) * size
+
+
+def _gate_backward(given: GateBackward, dh: Tensor, gu: Tensor) -> object:
+    return gate_backward(given._replace(dh=dh, gu=gu), "silu")
+
+
+def outer_cases(device: torch.device) -> Iterator[Case]:
+    """Gradients of low-rank matrices: x is read once."""
+    for width, rank in ((4096, 16), (4096, 48), (11008, 16), (22016, 16)):
+        x_TN, z_TR = (torch.randn(TOKENS, size, device=device).bfloat16() for size in (width, rank))
+        yield f"outer {TOKENS}x{width}x{rank}", rotated(outer, x_TN, z_TR), 2 * (x_TN.numel() + z_TR.numel())
+
+
 def bf16_product(device: torch.device, outputs: int, inputs: int) -> Call:
     """x Wᵀ in bf16."""
     x_TK = torch.randn(TOKENS, inputs, device=device).bfloat16()
@@ -293,6 +321,8 @@ SECTIONS: tuple[Callable[[torch.device], Iterator[Case]], ...] = (
     rope_cases,
     attention_cases,
     head_cases,
+    gate_cases,
+    outer_cases,
 )
 """One function for each file of kernels; add yours."""
 

@@ -22,7 +22,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("shape", [(1, 16, 16), (17, 80, 32), (300, 112, 48), (700, 144, 64), (65, 272, 128), (9, 48, 256)])
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 16), (17, 80, 32), (300, 112, 48), (700, 144, 64), (65, 272, 128), (9, 48, 256)]
+)
 def test_it_is_the_exact_product_up_to_the_rounding_of_fp32_sums(
     shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
