@@ -17,9 +17,9 @@ from torch import Tensor
 _PROGRAMS = 1056
 """Spans are made until there are about so many programs: two rounds of four on each of 132 multiprocessors."""
 _ROWS, _WARPS = 64, 4
-"""To a block of rows. Each block reads all low-rank weights again, from L2: with rank 16 that is 135 MB in all for 8,192
-rows of 11,008, where gate and up are 360 MB. Triton gives each warp 16 rows of a product that another product reads:
-more warps than rows / 16 would repeat each other's work."""
+"""To a block of rows. Each block reads all low-rank weights again, from L2: with rank 16 that is 135 MB in all for
+8,192 rows of 11,008, where gate and up are 360 MB. Triton gives each warp 16 rows of a product that another product
+reads: more warps than rows / 16 would repeat each other's work."""
 _FORWARD_REGISTERS = 168
 """The most that leave room for three programs on a multiprocessor, with a chunk under way in each; at rank 16 it would
 take 171. Backward two programs, whose chunks are larger, need all there are."""
@@ -95,10 +95,10 @@ def gate_backward(
 
 def _plan(num_rows: int, inner: int, rank: int) -> _Plan:
     columns = 64 if rank <= 16 else 32
-    chunks = triton.cdiv(inner, columns)
-    wanted = min(_PROGRAMS // max(triton.cdiv(num_rows, _ROWS), 1), inner // _LEAST_COLUMNS)
-    per_span = triton.cdiv(chunks, max(wanted, 1))
-    return _Plan(columns, per_span, triton.cdiv(chunks, per_span))
+    chunks = -(-inner // columns)
+    wanted = min(_PROGRAMS // max(-(-num_rows // _ROWS), 1), inner // _LEAST_COLUMNS)
+    per_span = -(-chunks // max(wanted, 1))
+    return _Plan(columns, per_span, -(-chunks // per_span))
 
 
 def _partial(like: Tensor, plan: _Plan, width: int) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor
 _PROGRAMS = 1056
 """Spans are made until there are about so many programs: two rounds of four on each of 132 multiprocessors."""
 _ROWS, _STAGES = 64, 3
-"""Rows read at a time, and how many times over: with 128 columns 16 KiB, of which four programs to a multiprocessor have
-two under way each."""
+"""Rows read at a time, and how many times over: with 128 columns 16 KiB, of which four programs to a multiprocessor
+have two under way each."""
 _LEAST_ROWS = 256
 """No span is shorter, or its sums would be a large part of what is moved: 2 · 4 · R bytes a column to 2 · rows."""
 
@@ -27,10 +27,10 @@ def outer(x: Tensor, z: Tensor) -> Tensor:
     assert len(z) == num_rows
     padded = max(triton.next_power_of_2(rank), 16)
     columns, warps = (128, 4) if padded <= 64 else (64, 4) if padded <= 128 else (64, 8)
-    blocks = triton.cdiv(width, columns)
-    spans = max(min(_PROGRAMS // max(blocks, 1), triton.cdiv(num_rows, _LEAST_ROWS)), 1)
-    span = triton.cdiv(triton.cdiv(num_rows, spans), _ROWS) * _ROWS
-    spans = max(triton.cdiv(num_rows, span), 1) if span else 1
+    blocks = -(-width // columns)
+    spans = max(min(_PROGRAMS // max(blocks, 1), num_rows // _LEAST_ROWS), 1)
+    span = max(-(-num_rows // (spans * _ROWS)), 1) * _ROWS
+    spans = max(-(-num_rows // span), 1)
     partial = torch.empty((spans, width, rank), dtype=torch.float32, device=x.device)
     if partial.numel():
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():

@@ -69,7 +69,7 @@ def gate(
 ) -> Gated:
     """act(g) · u, in 8 bits alone where `fp8`, and its product with A_down.
 
-    g, u and h are computed in fp32 and each rounded once to the dtype of gu; ha and the 8 bits are made of the rounded h.
+    g, u and h are computed in fp32, each rounded once to the dtype of gu; ha and the 8 bits are made of the rounded h.
     """
     assert (xa_TR is None) == (Bg_IR is None) == (Bu_IR is None)
     if not _has_kernel(gu_TJ):
@@ -149,7 +149,7 @@ def _pair(gu_TJ: Tensor, xa_TR: Tensor | None, Bg_IR: Tensor | None, Bu_IR: Tens
 
 
 def _activate(g: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
-    """act(g) and act'(g). With σ the logistic function, silu is g σ(g), and gelu_tanh is g σ(z), z = c (g + 0.044715 g³).
+    """act(g) and act'(g), with the logistic function σ: silu is g σ(g), gelu_tanh g σ(z) with z = c (g + 0.044715 g³).
 
     (1 + tanh(z / 2)) / 2 = σ(z), which is why c is twice √(2/π).
     """

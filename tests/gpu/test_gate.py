@@ -1,4 +1,4 @@
-"""The gate's kernels and the kernel of low-rank gradients, compiled, at the shapes of 7B and 8B models and at odd ones."""
+"""The gate's kernels and that of low-rank gradients, compiled, at the shapes of 7B and 8B models and at odd ones."""
 
 from typing import Any
 

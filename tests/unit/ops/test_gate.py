@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from burnish.ops.fp8 import Quantised, quantise_rows
-from burnish.ops.gate import Activation, GateBackward, gate, gate_backward
+from burnish.ops.gate import Activation, GateBackward, Gated, gate, gate_backward
 from burnish.ops.pointwise import gated
 
 ACTIVATIONS: list[Activation] = ["silu", "gelu_tanh"]
-T, I, R = 7, 48, 16
+ROWS, INNER, R = 7, 48, 16
 
 
 def random(*size: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
@@ -19,9 +19,9 @@ def random(*size: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tor
 
 
 def problem(dtype: torch.dtype) -> GateBackward:
-    shapes = [(T, I), (T, 2 * I), (T, R), (R, I), (T, 2 * R), (I, R), (I, R)]
+    shapes = [(ROWS, INNER), (ROWS, 2 * INNER), (ROWS, R), (R, INNER), (ROWS, 2 * R), (INNER, R), (INNER, R)]
     given = GateBackward(*(random(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)))
-    return given._replace(w_scale=random(2 * I, dtype=torch.float32, seed=9).abs())
+    return given._replace(w_scale=random(2 * INNER, dtype=torch.float32, seed=9).abs())
 
 
 def by_definition(given: GateBackward, activation: Activation) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,7 +34,7 @@ def by_definition(given: GateBackward, activation: Activation) -> tuple[torch.Te
     return h_TI, h_TI.new_zeros(()) if given.A_down is None else F.linear(h_TI, given.A_down)
 
 
-def forward(given: GateBackward, activation: Activation, fp8: bool = False):
+def forward(given: GateBackward, activation: Activation, fp8: bool = False) -> Gated:
     return gate(given.gu, given.xa, given.Bg, given.Bu, given.A_down, activation, fp8)
 
 
@@ -88,8 +88,8 @@ def test_gradients_lie_in_the_memory_they_replace_and_all_else_is_left_alone() -
 def test_half_precision_is_rounded_once_at_each_of_the_named_places(activation: Activation) -> None:
     given = problem(torch.bfloat16)
     large = GateBackward(*(part.float() for part in given))
-    g = (large.gu[:, :I] + large.xa[:, :R] @ large.Bg.T).bfloat16().float()
-    u = (large.gu[:, I:] + large.xa[:, R:] @ large.Bu.T).bfloat16().float()
+    g = (large.gu[:, :INNER] + large.xa[:, :R] @ large.Bg.T).bfloat16().float()
+    u = (large.gu[:, INNER:] + large.xa[:, R:] @ large.Bu.T).bfloat16().float()
     h = gated(g, u, activation).bfloat16()
     made = forward(given, activation)
     # One step of bf16, where σ differs in its last bit; 1 + tanh loses all digits where a gate is all but shut.
@@ -97,7 +97,7 @@ def test_half_precision_is_rounded_once_at_each_of_the_named_places(activation: 
     assert ((made.h != h) & (h.abs() > 1e-3)).float().mean() < 0.01
     torch.testing.assert_close(made.ha, (made.h.float() @ large.A_down.T).bfloat16(), rtol=2**-7, atol=1e-4)
     gradient = gate_backward(given, activation)
-    dxa = torch.cat([gradient.dgu[:, :I].float() @ large.Bg, gradient.dgu[:, I:].float() @ large.Bu], dim=1)
+    dxa = torch.cat([gradient.dgu[:, :INNER].float() @ large.Bg, gradient.dgu[:, INNER:].float() @ large.Bu], dim=1)
     torch.testing.assert_close(gradient.dxa, dxa.bfloat16(), rtol=2**-7, atol=1e-4)
 
 
