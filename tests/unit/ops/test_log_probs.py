@@ -107,3 +107,36 @@ class largest_tensor(torch.utils._python_dispatch.TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.largest[0] = max(self.largest[0], tensor.numel())
         return out
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "row_size", "budget", "sizes"),
+    [
+        (2500, 32000, 1 << 25, [1024, 1024, 452]),  # 1048 would fit: the last tile of a matmul would be nearly empty
+        (600, 128256, 1 << 26, [512, 88]),
+        (300, 1000, 127_000, [127, 127, 46]),
+        (3, 1000, 1, [1, 1, 1]),
+        (0, 1000, 1 << 20, []),
+        (5, 0, 1 << 20, [5]),
+    ],
+)
+def test_chunks_are_whole_tiles_within_the_budget(num_rows: int, row_size: int, budget: int, sizes: list[int]) -> None:
+    chunks = log_probs.chunk_rows(num_rows, row_size, torch.device("cuda"), budget)
+    assert [chunk.stop - chunk.start for chunk in chunks] == sizes
+    assert [row for chunk in chunks for row in range(num_rows)[chunk]] == list(range(num_rows))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_trained_head_in_low_precision_has_gradients_of_its_dtype(softcap: float | None) -> None:
+    """Many slices of the vocabulary: what they add to the hidden states' gradient is summed in fp32."""
+    hidden, head, targets = problem(num_rows=40, dtype=torch.bfloat16)
+    hidden.requires_grad_()
+    head.requires_grad_()
+    weights = torch.linspace(-1, 2, 40)
+    (target_log_probs(hidden, head, targets, softcap, chunk_logits=40)[0] * weights).sum().backward()
+    exact = [part.detach().double().requires_grad_() for part in (hidden, head)]
+    (whole(*exact, targets, softcap) * weights.double()).sum().backward()
+    for ours, right in zip((hidden, head), exact, strict=True):
+        assert ours.grad is not None
+        assert ours.grad.dtype == torch.bfloat16
+        assert (ours.grad.double() - right.grad).norm() <= 0.02 * right.grad.norm()
