@@ -88,32 +88,59 @@ def _ask(name: str, workers: dict[str, Worker], entries: Sequence[Entry], clock:
             print(f"{entry.name}: {median(times):.3f} s a step, first {entry.readings[-1]['first']:.1f} s", flush=True)
 
 
-def row_of(entry: Entry, samples: int, tokens: int) -> dict[str, object]:
-    """The columns that an entry's readings decide: medians over the steps of all rounds, and the highest peaks."""
-    times = [seconds for reading in entry.readings for seconds in reading["seconds"]]
-    seconds = statistics.median(times)
-    rounds = " ".join(f"{samples / statistics.median(reading['seconds']):.3f}" for reading in entry.readings)
+def row_of(entry: Entry, samples: int | None = None, tokens: int | None = None) -> dict[str, object]:
+    """The columns that an entry's readings decide: medians over the steps of all rounds, and the highest peaks.
+
+    `samples` and `tokens` are those of a step. No tokens: those that the steps counted; where they differ from step to
+    step, speed is all tokens over all seconds.
+    """
+    readings = entry.readings
+    work = tokens if tokens is not None else _mean([count for reading in readings for count in reading["tokens"]])
+    seconds = _step_seconds(readings, tokens)
+    unit = samples or work
+    rounds = " ".join(_short(unit / _step_seconds([reading], tokens)) for reading in readings)
     return {
         **entry.columns,
-        "tokens_per_step": tokens,
+        "tokens_per_step": round(work),
         "step_seconds": f"{seconds:.4f}",
-        "tokens_per_second": f"{tokens / seconds:.0f}",
-        "peak_allocated_gib": f"{max(reading['allocated'] for reading in entry.readings):.2f}",
-        "peak_reserved_gib": f"{max(reading['reserved'] for reading in entry.readings):.2f}",
-        "compile_seconds": f"{entry.readings[0]['first']:.1f}",
-        "samples_per_second": f"{samples / seconds:.3f}",
+        "tokens_per_second": f"{work / seconds:.0f}",
+        "peak_allocated_gib": f"{max(reading['allocated'] for reading in readings):.2f}",
+        "peak_reserved_gib": f"{max(reading['reserved'] for reading in readings):.2f}",
+        "compile_seconds": f"{readings[0]['first']:.1f}",
+        "samples_per_second": f"{samples / seconds:.3f}" if samples else "",
         "note": f"rounds {rounds}",
         "versions": entry.about.get("versions", ""),
     }
 
 
+def _step_seconds(readings: Sequence[Mapping[str, Any]], tokens: int | None) -> float:
+    """What a step takes: the median, or the mean where steps hold different numbers of tokens."""
+    times = [seconds for reading in readings for seconds in reading["seconds"]]
+    counted = {count for reading in readings for count in reading.get("tokens", [])}
+    return _mean(times) if tokens is None and len(counted) > 1 else statistics.median(times)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _short(rate: float) -> str:
+    return f"{rate:.3f}" if rate < 1000 else f"{rate:.0f}"
+
+
 def peers_missing(folder: str, place: str = "site") -> str | None:
-    """Why the peers cannot be measured; None when they can."""
+    """Why the peers cannot be measured; None when they can. They are in `place`, or installed in an environment."""
     if not folder:
-        return "write peers=DIR of what benchmarks/peers/fetch.py packs, unpacked"
-    if not (Path(folder) / place / "trl").is_dir():
-        return f"{folder}/{place}/trl is not there: unpack what benchmarks/peers/fetch.py packs"
-    return None
+        return "write peers=DIR of what benchmarks/peers/fetch.py makes"
+    if (Path(folder) / place / "trl").is_dir() or (place == "site" and _interpreter(Path(folder))):
+        return None
+    return f"{folder}/{place}/trl is not there: it is made by benchmarks/peers/fetch.py"
+
+
+def _interpreter(peers: Path) -> Path | None:
+    """The Python of the peers' own environment; None where there are only their libraries, for this Python."""
+    found = peers / "bin" / "python"
+    return found.absolute() if found.exists() else None
 
 
 def open_ours(words: Sequence[str], log: Path) -> Worker:
@@ -128,12 +155,13 @@ def _our_environment() -> dict[str, str]:
 
 def open_peer(words: Sequence[str], peers: Path, places: Sequence[str], log: Path, scratch: Path) -> Worker:
     """A worker whose libraries are the peers', first place first; what it writes goes into the scratch folder."""
-    return Worker([sys.executable, "-m", *words], log, peer_environment(peers, places), scratch)
+    python = _interpreter(peers) or sys.executable
+    return Worker([str(python), "-m", *words], log, peer_environment(peers, places), scratch)
 
 
 def peer_environment(peers: Path, places: Sequence[str]) -> dict[str, str]:
     """The environment in which Python finds the peers' libraries, and no network is asked for."""
-    path = os.pathsep.join([*(str(peers / place) for place in places), str(REPOSITORY)])
+    path = os.pathsep.join([*(str((peers / place).absolute()) for place in places), str(REPOSITORY)])
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_DISABLED": "true"}
     return {**os.environ, **offline, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
 

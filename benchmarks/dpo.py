@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,10 +57,12 @@ NUMBERS = ("pairs", "prompt", "answer", "rounds", "seconds")
 WARM_UP, TIMED = 3, 5
 BETA = 0.1
 OURS = (
-    {"checkpointing": False, "reference": "each step", "prefix_sharing": True},
-    {"checkpointing": False, "reference": "cached", "prefix_sharing": True},
-    {"checkpointing": True, "reference": "each step", "prefix_sharing": True},
-    {"checkpointing": False, "reference": "each step", "prefix_sharing": False},
+    {"memory": "auto", "fp8": False, "reference": "each step", "prefix_sharing": True},
+    {"memory": "auto", "fp8": False, "reference": "cached", "prefix_sharing": True},
+    {"memory": "auto", "fp8": True, "reference": "each step", "prefix_sharing": True},
+    {"memory": "auto", "fp8": True, "reference": "cached", "prefix_sharing": True},
+    {"memory": "least", "fp8": False, "reference": "each step", "prefix_sharing": True},
+    {"memory": "auto", "fp8": False, "reference": "each step", "prefix_sharing": False},
 )
 PEERS = (
     {"system": "trl", "checkpointing": True, "reference": "each step", "fused": False},
@@ -111,10 +114,11 @@ def main(asked: Mapping[str, str]) -> None:
 
 
 def ours(asked: Mapping[str, str]) -> list[Entry]:
-    """What is measured of Burnish: one process for batches of one size, so that each is compiled for its own."""
+    """What is measured of Burnish: a process for a model and batches of one size, each compiled for its own."""
     entries: list[Entry] = []
     for setting in OURS:
-        worker = "burnish" if setting["prefix_sharing"] else "burnish-unshared"
+        worker = f"burnish-{setting['memory']}-{'fp8' if setting['fp8'] else 'bf16'}"
+        worker += "" if setting["prefix_sharing"] else "-unshared"
         columns = _columns(asked, "burnish", setting)
         entries.append(Entry(f"burnish, {_words(setting)}", worker, setting, columns))
     return entries
@@ -158,26 +162,31 @@ def _columns(asked: Mapping[str, str], system: str, setting: Mapping[str, object
         "storage": asked["storage"],
         "adapter": "lora",
         "rank": RANK,
-        "checkpointing": setting["checkpointing"],
+        "checkpointing": setting.get("checkpointing", ""),
         "settings": _words({key: value for key, value in setting.items() if key != "checkpointing"})
         + f" pairs={asked['pairs']} prompt={asked['prompt']} answer={asked['answer']}",
     }
 
 
 def serve(asked: Mapping[str, str]) -> None:
-    """Burnish's side: a worker that opens the model once and measures the setting of each request."""
+    """Burnish's side: a worker whose requests all want one model; the first one opens it."""
     mesh = Mesh(here())
-    decoder, name = open_random(asked["shape"], asked["storage"], "lora", mesh)
-    learner = open_learner(decoder, name, OptimSettings(lr=1e-4, schedule="constant", warmup=0), 10_000, mesh)
     sizes = [int(asked[key]) for key in ("pairs", "prompt", "answer")]
     comparisons = [random_comparisons(*sizes, SHAPES[asked["shape"]]["vocab_size"], seed) for seed in range(4)]
-    meter = Meter(WARM_UP, TIMED, mesh.device)
+    meter, opened = Meter(WARM_UP, TIMED, mesh.device), None
     say({"versions": f"burnish {__version__} torch {torch.__version__}"})
     while (request := listen()) is not None:
-        decoder.checkpointing = request["checkpointing"]
+        learner, policy = opened = opened or open_policy(asked, request, mesh)
         batches = [collate_comparisons(units, request["prefix_sharing"]) for units in comparisons]
-        steps(learner, Role(decoder, name), batches, request["reference"] == "cached", meter)
+        steps(learner, policy, batches, request["reference"] == "cached", meter)
         say(meter.reading())
+
+
+def open_policy(asked: Mapping[str, str], setting: Mapping[str, Any], mesh: Mesh) -> tuple[Learner, Role]:
+    """The model of a setting, with its optimizer."""
+    decoder, name = open_random(asked["shape"], asked["storage"], "lora", mesh, setting["memory"], setting["fp8"])
+    learner = open_learner(decoder, name, OptimSettings(lr=1e-4, schedule="constant", warmup=0), 10_000, mesh)
+    return learner, Role(decoder, name)
 
 
 def steps(learner: Learner, policy: Role, batches: list[PreferenceBatch], cached: bool, meter: Meter) -> None:

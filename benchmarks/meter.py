@@ -1,5 +1,6 @@
 """Time and peak memory of steps, for Burnish and its peers alike."""
 
+import gc
 import time
 from typing import Any
 
@@ -15,6 +16,7 @@ class Meter:
     def __init__(self, warm_up: int, timed: int, device: torch.device) -> None:
         self.warm_up, self.timed, self.device = warm_up, timed, device
         self._seconds: list[float] = []
+        self._counts: list[list[Any]] = []
         self._began = 0.0
 
     @property
@@ -28,7 +30,12 @@ class Meter:
             if len(self._seconds) == self.warm_up:
                 torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
+        self._counts.append([])
         self._began = time.perf_counter()
+
+    def count(self, tokens: Any) -> None:
+        """The running step works on so many tokens; a tensor is read when the turn is over."""
+        self._counts[-1].append(tokens)
 
     def end(self) -> bool:
         """A step has ended; whether it was the last of its turn."""
@@ -45,12 +52,21 @@ class Meter:
             "allocated": 0.0,
             "reserved": 0.0,
         }
-        self._seconds = []
+        if any(self._counts):
+            values["tokens"] = [sum(int(tokens) for tokens in step) for step in self._counts[self.warm_up :]]
+        self._seconds, self._counts = [], []
         if self.device.type == "cuda":
             values["allocated"] = torch.cuda.max_memory_allocated() / 2**30
             values["reserved"] = torch.cuda.max_memory_reserved() / 2**30
             torch.cuda.empty_cache()
         return values
+
+
+def give_back(device: torch.device) -> None:
+    """Hands back the memory of models that nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def here() -> torch.device:
@@ -61,3 +77,8 @@ def here() -> torch.device:
 def device_name(device: torch.device) -> str:
     """The name that a row gives the device."""
     return torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+
+
+def device_gib() -> float:
+    """The memory of the device; of a CPU, where nothing is measured, as much as anybody wants."""
+    return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else float("inf")

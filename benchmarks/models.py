@@ -21,13 +21,14 @@ def open_random(
     storage: str,
     adapter: str,
     mesh: Mesh,
-    checkpointing: bool = False,
+    memory: str = "auto",
+    fp8: bool = False,
     furnish: Callable[[Decoder], None] | None = None,
 ) -> tuple[Decoder, str | None]:
     """The decoder with its adapter, as a recipe opens it, but from random weights; and the adapter's name."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
-        run = RunSettings(device=mesh.device.type, memory="least" if checkpointing else "auto")
+        run = RunSettings(device=mesh.device.type, memory=memory, fp8=fp8)
         model = ModelSettings(path=folder, storage=storage, init="random")
         settings = AdapterSettings(kind=adapter, rank=RANK, alpha=ALPHA)
         return open_model(Start(Path(folder)), model, settings, run, mesh, furnish)

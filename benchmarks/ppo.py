@@ -54,8 +54,8 @@ NUMBERS = ("prompts", "prompt", "answer", "rounds", "seconds")
 WARM_UP, TIMED = 1, 2
 PEER_MICRO = 8
 WAYS = (
-    {"checkpointing": False, "slots": 64, "microbatch_tokens": 4096},
-    {"checkpointing": False, "slots": 32, "microbatch_tokens": 4096},
+    {"slots": 64, "microbatch_tokens": 4096},
+    {"slots": 32, "microbatch_tokens": 4096},
 )
 """Fast; and lean, with half the cache of keys and values at a time."""
 PHASES = ("rollout", "scoring", "observing", "update")
@@ -102,8 +102,8 @@ def ours(asked: Mapping[str, str]) -> list[Entry]:
     entries: list[Entry] = []
     for way in WAYS:
         for storage in asked["storages"].split(","):
-            told = " ".join(f"{key}={value}" for key, value in way.items() if key != "checkpointing")
-            columns = _columns(asked, "burnish", storage, way["checkpointing"], f"{told} roles=4x{asked['shape']}")
+            told = " ".join(f"{key}={value}" for key, value in way.items())
+            columns = _columns(asked, "burnish", storage, "", f"{told} roles=4x{asked['shape']}")
             name = f"burnish-{storage}-{way['slots']}"
             entries.append(Entry(f"{name}, {told}", name, {**way, "storage": storage}, columns))
     return entries
@@ -182,7 +182,6 @@ def measured(asked: Mapping[str, str], folder: Path, setting: Mapping[str, Any])
             "run": {
                 "folder": str(run),
                 "steps": WARM_UP + TIMED,
-                "checkpointing": setting["checkpointing"],
                 "microbatch_tokens": max(setting["microbatch_tokens"], length),
                 "step_tokens": max(setting["microbatch_tokens"], length),
             },

@@ -8,6 +8,7 @@ they like. Imports no torch.
 import contextlib
 import json
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 MARK = "@turn "
+PROGRESS = re.compile(r"(it/s|s/it)\S*$")
+"""The end of a progress bar, which says nothing of why a system stopped."""
 
 
 class Failed(RuntimeError):
@@ -95,7 +98,8 @@ class Worker:
 
     def _last_line(self) -> str:
         lines = [line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines()]
-        return next((f"its last words: {line[:300]}" for line in reversed(lines) if line), "it left no words")
+        said = (line for line in reversed(lines) if line and not PROGRESS.search(line))
+        return next((f"its last words: {line[:300]}" for line in said), "it left no words")
 
 
 class Clock:

@@ -12,8 +12,6 @@ import random
 import sys
 import tempfile
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
 
 def main(words: list[str]) -> None:
     """Trains for as many turns as will be asked for, waiting before each."""
@@ -29,14 +27,13 @@ def main(words: list[str]) -> None:
 
     from benchmarks.meter import Meter, here
     from benchmarks.peers.gate import Gate, versions
+    from benchmarks.peers.systems import open_system
 
     device = here()
     tokenizer = AutoTokenizer.from_pretrained(asked.model)
     if asked.system == "unsloth":
         unsloth.PatchDPOTrainer()
-        model, adapter = open_unsloth(asked), None
-    else:
-        model, adapter = open_trl(asked, device)
+    model, adapter = open_system(asked, device)
     gate = Gate(Meter(asked.warm_up, asked.timed, device))
     on_card = device.type == "cuda"
     extra = {"use_liger_kernel": bool(asked.fused)} if asked.system == "trl" else {}
@@ -90,50 +87,9 @@ def read_arguments(words: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=value)
     for name, value in (("warm-up", 3), ("timed", 5), ("checkpointing", 1), ("cached", 0), ("fused", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    return parser.parse_args(words)
-
-
-def open_unsloth(asked: argparse.Namespace):
-    """Unsloth's NF4 model with its LoRA and, where asked, its own checkpointing."""
-    import torch
-    from unsloth import FastLanguageModel
-
-    length = asked.prompt + asked.answer
-    model, _ = FastLanguageModel.from_pretrained(
-        asked.model, max_seq_length=length, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
-    )
-    return FastLanguageModel.get_peft_model(
-        model,
-        r=asked.rank,
-        lora_alpha=asked.alpha,
-        lora_dropout=0,
-        bias="none",
-        target_modules=TARGETS,
-        use_gradient_checkpointing="unsloth" if asked.checkpointing else False,
-        random_state=0,
-    )
-
-
-def open_trl(asked: argparse.Namespace, device):
-    """The NF4 model of bitsandbytes (bf16 on a CPU), and PEFT's LoRA for the trainer to lay on it."""
-    import torch
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    given = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
-    if device.type == "cuda":
-        given["device_map"] = {"": 0}
-        given["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    model = AutoModelForCausalLM.from_pretrained(asked.model, **given)
-    lora = LoraConfig(
-        r=asked.rank, lora_alpha=asked.alpha, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM"
-    )
-    return model, lora
+    asked = parser.parse_args(words)
+    asked.storage, asked.attention, asked.length = "nf4", "sdpa", asked.prompt + asked.answer
+    return asked
 
 
 def random_pairs(asked: argparse.Namespace, vocab_size: int):

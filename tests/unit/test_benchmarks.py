@@ -1,8 +1,12 @@
 """What the benchmarks can be asked for, that the work is what they say, and that a comparison survives its systems."""
 
 import csv
+import itertools
+import json
+import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,23 +14,22 @@ import torch
 from benchmarks import checkpoints, dpo, ppo, sft
 from benchmarks.contest import Entry, contest, peers_missing, row_of
 from benchmarks.meter import Meter
-from benchmarks.models import open_random
+from benchmarks.models import ALPHA, RANK
 from benchmarks.peers import dpo as peer_dpo
-from benchmarks.peers import fetch
+from benchmarks.peers import fetch, varlen
 from benchmarks.peers import ppo as peer_ppo
+from benchmarks.peers import sft as peer_sft
 from benchmarks.rows import COLUMNS, RESULTS, write_row
 from benchmarks.rows import read_words as read
 from benchmarks.shapes import SHAPES
 from benchmarks.turns import Clock, Failed, Worker
+from benchmarks.workload import lengths_of, rows_of, sides_at_once, turn_of
 from burnish.data.chat import end_ids
 from burnish.data.comparing import collate_comparisons
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
-from burnish.engine.assemble import open_learner
 from burnish.engine.mesh import Mesh
-from burnish.engine.roles import Role
 from burnish.model.checkpoint import load_model
-from burnish.settings import OptimSettings
 
 SYSTEM = """
 import os, sys
@@ -46,11 +49,12 @@ while (request := listen()) is not None:
     [
         ("storag=bf16", r"^storag=bf16 is not known: did you mean storage=\.\.\.\?$"),
         ("storage", r"^storage is not known: did you mean storage=\.\.\.\?$"),
-        ("zzz=3", "^zzz=3 is not known: known are shape, storage, adapter, checkpointing, sequences, length, "),
-        ("storage=nf5", "^storage=nf5 is not known: write one of full, bf16, fp32, nf4$"),
-        ("adapter=lorra", "^adapter=lorra is not known: write one of none, lora, dora, ia3$"),
-        ("shape=llama", "^shape=llama is not known: write one of llama-2-7b, llama-3.1-8b, tiny$"),
-        ("checkpointing=yes", "^checkpointing=yes is not known: write one of true, false$"),
+        ("zzz=3", "^zzz=3 is not known: known are row, shape, storage, lengths, sequences, length, "),
+        ("storage=nf5", "^storage=nf5 is not known: write one of nf4, bf16, full$"),
+        ("row=qlorra", "^row=qlorra is not known: write one of qlora, qlora-8b, lora, ragged, full, small$"),
+        ("shape=llama", "^shape=llama is not known: write one of llama-2-7b, llama-3.1-8b, qwen-2.5-0.5b, tiny$"),
+        ("sides=fast,slow", "^sides=fast,slow is not known: write one or more of fast,lean$"),
+        ("memory=24", "^run.memory=24 is no amount: write auto, least, or an amount such as 24GB or 22.5GiB$"),
         ("length=-1", "^length=-1 must be a whole number above 0$"),
         ("sequences=0", "^sequences=0 must be a whole number above 0$"),
     ],
@@ -143,6 +147,19 @@ def test_a_row_holds_medians_over_the_rounds_and_the_highest_peaks() -> None:
     }
 
 
+def test_ragged_steps_are_counted_token_by_token() -> None:
+    found = entry("a")
+    found.readings = [
+        {"seconds": [0.5, 1.5], "tokens": [100, 500], "first": 7.0, "allocated": 5.0, "reserved": 6.0},
+        {"seconds": [1.0, 1.0], "tokens": [300, 300], "first": 1.0, "allocated": 5.0, "reserved": 6.0},
+    ]
+    row = row_of(found)
+    assert (row["tokens_per_step"], row["step_seconds"], row["tokens_per_second"]) == (300, "1.0000", "300")
+    assert (row["note"], row["samples_per_second"]) == ("rounds 300.000 300.000", "")
+    found.readings[0]["tokens"] = [300, 300]  # of one length: the median of 0.5, 1, 1 and 1.5 seconds
+    assert row_of(found)["step_seconds"] == "1.0000"
+
+
 def test_a_meter_counts_no_warm_up() -> None:
     meter = Meter(2, 3, torch.device("cpu"))
     for _ in range(2):
@@ -170,14 +187,97 @@ def test_pairs_have_the_tokens_that_peers_are_given() -> None:
     assert (given.turns, given.warm_up, given.timed) == (2, dpo.WARM_UP, dpo.TIMED)
 
 
+@pytest.mark.parametrize("row", sft.ROWS)
+def test_every_row_of_the_table_can_be_measured(row: str) -> None:
+    asked = sft.read_words([f"row={row}", "shape=tiny", "sequences=2", "length=48", "fp8=false"])
+    sides = sft.sides_of(asked)
+    found = [one for side in sides for one in sft.ours(asked, side)]
+    assert [one.request["memory"] for one in found] == (["auto", "least"] if len(sides) == 2 else ["auto"])
+    reading = sft.measured(asked, found[-1].request, Mesh(torch.device("cpu")))
+    warm_up, timed = turn_of(2 * 48)
+    assert (warm_up, timed) == (16, 40)
+    assert len(reading["seconds"]) == len(reading["tokens"]) == timed
+    full = {2 * 48} if row != "ragged" else set(range(80, 97))
+    assert set(reading["tokens"]) <= full
+    assert len(set(reading["tokens"])) > 1 or row != "ragged"
+
+
+@pytest.mark.parametrize("row", sft.ROWS)
+def test_peers_are_told_to_do_the_same_work(row: str) -> None:
+    asked = sft.read_words([f"row={row}", "rounds=3"])
+    entries = [one for side in sft.sides_of(asked) for one in sft.theirs(asked, side)]
+    assert {one.columns["system"] for one in entries} == set(asked["systems"].split(",")) - {"burnish"}
+    for one in entries:
+        told = sft.peer_request(asked, one.request, Path("model"))
+        assert json.loads(json.dumps(told)) == told
+        assert (told["shape"], told["storage"], told["turns"]) == (asked["shape"], asked["storage"], 3)
+        assert (told["rank"], told["alpha"], told["length"]) == (RANK, ALPHA, 2048)
+        assert told["packing"] or told["lengths"] == "fixed" or told["batch"] in ("default", 8)
+        given = peer_sft.settings_of(SimpleNamespace(**told), on_card=True)
+        if told["batch"] != "default":
+            assert (given["per_device_train_batch_size"], given["optim"]) == (told["batch"], told["optimizer"])
+            assert ("use_liger_kernel" in given) == (told["system"] == "trl")
+    names = [one.worker for side in sft.sides_of(asked) for one in (*sft.ours(asked, side), *sft.theirs(asked, side))]
+    assert len(set(names)) == len(names)
+
+
+def test_ragged_lengths_are_those_of_alpaca_and_the_same_for_all() -> None:
+    lengths = lengths_of({"lengths": "alpaca", "length": "2048"}, 4096)
+    assert statistics.mean(lengths) == pytest.approx(270, rel=0.05)
+    assert min(lengths) >= 16
+    assert 1200 < max(lengths) <= 2048
+    asked = {"shape": "tiny", "lengths": "alpaca", "length": "128"}
+    assert rows_of(asked, 8) == rows_of(asked, 64)
+    assert max(map(len, rows_of(asked, 8))) == 128
+
+
+def test_sides_run_at_once_where_the_device_holds_them() -> None:
+    def chosen(row: str, peers: int, gib: float) -> int:
+        return len(sides_at_once(sft.read_words([f"row={row}"]), ["fast", "lean"], peers, gib))
+
+    assert (chosen("qlora", 4, 79.1), chosen("qlora", 4, 40.0), chosen("lora", 2, 79.1)) == (1, 2, 2)
+    assert chosen("lora", 2, 139.0) == 1
+
+
+def test_the_small_shape_is_that_of_qwen() -> None:
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(Qwen2Config(**SHAPES["qwen-2.5-0.5b"]))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 494_032_768  # as the hub says of it
+
+
+def test_attention_of_packed_rows_is_that_of_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the kernel replaced by its definition: what is checked is where rows start, and how heads are laid out."""
+    import torch.nn.attention.varlen as kernels
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    def alone(q, k, v, starts, key_starts, longest, key_longest, scale, window_size):
+        assert (starts.tolist(), longest, window_size) == ([0, 5, 6, 16], 10, (-1, 0))
+        rows = [[x[a:b].transpose(0, 1) for x in (q, k, v)] for a, b in itertools.pairwise(starts.tolist())]
+        found = [torch.nn.functional.scaled_dot_product_attention(*row, is_causal=True, scale=scale) for row in rows]
+        return torch.cat(found, 1).transpose(0, 1)
+
+    monkeypatch.setattr(kernels, "varlen_attn", alone)
+    varlen.register()
+    ids = torch.randint(4, 320, (1, 16), generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[*range(5), 0, *range(10)]])
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES["tiny"]), attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        masked = model(ids, position_ids=positions, use_cache=False).logits
+        model.set_attn_implementation(varlen.NAME)
+        packed = model(ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(packed, masked, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("setting", dpo.OURS, ids=str)
 def test_every_setting_of_dpo_can_be_measured(setting: dict[str, object], capsys) -> None:
     mesh, meter = Mesh(torch.device("cpu")), Meter(1, 2, torch.device("cpu"))
-    decoder, name = open_random("tiny", "nf4", "lora", mesh, bool(setting["checkpointing"]))
-    learner = open_learner(decoder, name, OptimSettings(lr=1e-4, schedule="constant", warmup=0), 10, mesh)
+    asked = read(["shape=tiny"], dpo.WORDS, dpo.CHOICES, dpo.NUMBERS)
+    learner, policy = dpo.open_policy(asked, setting, mesh)
     units = [dpo.random_comparisons(2, 16, 8, SHAPES["tiny"]["vocab_size"], seed) for seed in range(2)]
     batches = [collate_comparisons(pairs, bool(setting["prefix_sharing"])) for pairs in units]
-    dpo.steps(learner, Role(decoder, name), batches, setting["reference"] == "cached", meter)
+    dpo.steps(learner, policy, batches, setting["reference"] == "cached", meter)
     assert len(meter.reading()["seconds"]) == 2
     assert learner.steps_taken == 3
     loss = float(capsys.readouterr().out.split()[-1])
@@ -185,9 +285,9 @@ def test_every_setting_of_dpo_can_be_measured(setting: dict[str, object], capsys
 
 
 def test_peers_that_are_not_there_are_left_out_with_the_reason(tmp_path: Path) -> None:
-    assert peers_missing("") == "write peers=DIR of what benchmarks/peers/fetch.py packs, unpacked"
+    assert peers_missing("") == "write peers=DIR of what benchmarks/peers/fetch.py makes"
     reason = peers_missing(str(tmp_path), "trl112")
-    assert reason == f"{tmp_path}/trl112/trl is not there: unpack what benchmarks/peers/fetch.py packs"
+    assert reason == f"{tmp_path}/trl112/trl is not there: it is made by benchmarks/peers/fetch.py"
     (tmp_path / "site" / "trl").mkdir(parents=True)
     assert peers_missing(str(tmp_path)) is None
 
