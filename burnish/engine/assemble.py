@@ -113,6 +113,7 @@ def plan_of(decoder: Decoder, run: RunSettings, states: float, device: torch.dev
         itemsize=decoder.dtype.itemsize,
         storage=_storage(decoder),
         fp8=run.fp8,
+        device=device.type,
     )
     trained = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
     to_come = sum(parameter.numel() * (parameter.itemsize + states) for parameter in trained)

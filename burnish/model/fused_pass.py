@@ -105,45 +105,51 @@ class FusedPass:
         gradient = self._norm_backward(self.last, NormBackward(dh, x, rstd), (len(self.parts) - 1, "down"))
         del x
         for number in reversed(range(len(self.parts))):
-            if number:
-                self.shelf.prefetch(number - 1)
-            gradient = self._block_backward(number, gradient)
+            held = _Held(self, number, self.small.pop())
+            gradient = self._mlp_backward(held, gradient)
+            self.shelf.prefetch(number - 1)  # by now the memory of gate and up is free
+            gradient = self._attention_backward(held, gradient)
         self._scale_B()
         return gradient.dx if self.wants_x else None
 
-    def _block_backward(self, number: int, above: NormGradient) -> NormGradient:
-        part, lora, small = self.parts[number], self.lora[number], self.small.pop()
-        held = _Held(self, number, small)
-        x_mid, pair, low = held.x_mid(), lora["gate_up"], small.low["gate_up"]
+    def _mlp_backward(self, held: "_Held", above: NormGradient) -> NormGradient:
+        """From the gradient of a block's output to that of the stream between its halves."""
+        part, lora, small = held.part, held.lora, held.small
+        pair, low, down = lora["gate_up"], small.low["gate_up"], lora["down"]
+        x_mid, gate_up = held.before_mlp()
+        dh = self._back(part.down, above.dx, above.dx8)
+        scale = part.gate_up.row_scale() if self.fp8 else None
         Bs = (None, None) if pair is None else pair.Bs
-        given = GateBackward(
-            self._back(part.down, above.dx, above.dx8), held.gate_up(), above.dxa, lora["down"] and lora["down"].A,
-            low, Bs[0], Bs[1], part.gate_up.row_scale() if self.fp8 else None,
-        )  # fmt: skip
-        mlp = gate_backward(given, self.config.activation)
+        given = GateBackward(dh, gate_up, above.dxa, down and down.A, low, Bs[0], Bs[1], scale)
+        del dh, gate_up
+        dgu, dlow, h, dgu8 = gate_backward(given, self.config.activation)
         del given
-        self._collect(part.down, lora["down"], above.dx, mlp.h, above.dxa, small.low["down"])
-        dh = self._back(part.gate_up, mlp.dgu, mlp.dgu8)
+        self._collect(part.down, down, above.dx, h, above.dxa, small.low["down"])
+        del h
         norm, rstd = part.norms[1], small.rstd[1]
-        self._collect(part.gate_up, pair, mlp.dgu, self._again(norm, x_mid, rstd, part.gate_up, pair), mlp.dxa, low)
-        seen = NormBackward(dh, x_mid, rstd, above.dx, mlp.dxa, pair and pair.A, low)
-        del mlp, dh, above, x_mid
-        middle = self._norm_backward(norm, seen, (number, "o"))
-        del seen
+        self._collect(part.gate_up, pair, dgu, self._again(norm, x_mid, rstd, part.gate_up, pair), dlow, low)
+        dh = self._back(part.gate_up, dgu, dgu8)
+        del dgu, dgu8
+        seen = NormBackward(dh, x_mid, rstd, above.dx, dlow, pair and pair.A, low)
+        return self._norm_backward(norm, seen, (held.number, "o"))
 
-        qkv, out, saved = held.attention()
-        dout = self._back(part.o, middle.dx, middle.dx8)
+    def _attention_backward(self, held: "_Held", above: NormGradient) -> NormGradient:
+        """From the gradient of the stream between a block's halves to that of its input."""
+        part, lora, small, number = held.part, held.lora, held.small, held.number
+        x, qkv, out, saved = held.before_attention()
+        dout = self._back(part.o, above.dx, above.dx8)
         if lora["o"] is not None:
-            dout.addmm_(cast(Tensor, middle.dxa), lora["o"].A)
-        self._collect(part.o, lora["o"], middle.dx, out, middle.dxa, small.low["o"])
-        turned = self._attend_backward(number, dout, qkv, out, saved)
+            dout.addmm_(cast(Tensor, above.dxa), lora["o"].A)
+        self._collect(part.o, lora["o"], above.dx, out, above.dxa, small.low["o"])
+        dqkv, dlow, dqkv8 = self._attend_backward(number, dout, qkv, out, saved)
         del qkv, out, saved, dout
-        x, pair, low, norm, rstd = held.x(), lora["qkv"], small.low["qkv"], part.norms[0], small.rstd[0]
-        self._collect(part.qkv, pair, turned.dqkv, self._again(norm, x, rstd, part.qkv, pair), turned.dxa, low)
+        pair, low, norm, rstd = lora["qkv"], small.low["qkv"], part.norms[0], small.rstd[0]
+        self._collect(part.qkv, pair, dqkv, self._again(norm, x, rstd, part.qkv, pair), dlow, low)
         if number == 0 and not self.wants_x and not norm.weight.requires_grad:
-            return middle
-        dh = self._back(part.qkv, turned.dqkv, turned.dqkv8)
-        seen = NormBackward(dh, x, rstd, middle.dx, turned.dxa, pair and pair.A, low)
+            return above
+        dh = self._back(part.qkv, dqkv, dqkv8)
+        del dqkv, dqkv8
+        seen = NormBackward(dh, x, rstd, above.dx, dlow, pair and pair.A, low)
         return self._norm_backward(norm, seen, (number - 1, "down") if number else None)
 
     def _norm(
@@ -227,7 +233,7 @@ class FusedPass:
             weights = cast(list[nn.Parameter], joint.weights)
             dW = _product(dy.T, h, weights[0].dtype)
             for weight, rows in zip(weights, dW.split(joint.widths), strict=True):
-                self.gradients[id(weight)] = rows
+                self._give(weight, rows)
         for layer, columns in zip(joint.layers, dy.split(joint.widths, dim=1), strict=True):
             if layer.bias is not None and layer.bias.requires_grad:
                 self.gradients[id(layer.bias)] = columns.sum(0, dtype=torch.float32).to(layer.bias.dtype)
@@ -246,6 +252,13 @@ class FusedPass:
                 self.gradients[id(lora.A)] = dA[rows][: lora.rank].to(lora.A.dtype)
                 self.gradients[id(lora.B)] = outer(columns, low[:, rows])[:, : lora.rank].to(lora.B.dtype)
 
+    def _give(self, weight: nn.Parameter, gradient: Tensor) -> None:
+        """A large gradient: what later micro-batches add goes to `.grad` at once, so that no second copy waits."""
+        if weight.grad is None:
+            self.gradients[id(weight)] = gradient
+        else:
+            weight.grad.add_(gradient)
+
     def _scale_B(self) -> None:
         if self.factors is not None:
             B = self.factors.parameters[1::2]
@@ -262,56 +275,48 @@ class _Held:
         assert run.shelf is not None
         self.run, self.number, self.small, self.shelf = run, number, small, run.shelf
         self.part, self.lora = run.parts[number], run.lora[number]
-        self._x: Tensor | None = None
-        self._attention: tuple[Tensor, Tensor, tuple[Tensor, ...]] | None = None
-        self._x_mid: Tensor | None = None
+        self._attention: tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]] | None = None
 
-    def x(self) -> Tensor:
-        """The stream before the block."""
-        if self._x is None:
-            found = self.shelf.get(self.number, "x")
-            assert found is not None
-            (self._x,) = found
-        return self._x
+    def before_attention(self) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """The stream before the block, the turned q, k and v, what attention made of them, and what it keeps besides.
 
-    def attention(self) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """The turned q, k and v, what attention made of them, and what it keeps for its own backward pass."""
-        if self._attention is None:
-            found, kept = self.shelf.get(self.number, "qkv"), self.shelf.get(self.number, "attention")
-            if found is None:
-                h, h8 = norm_again(self.x(), self.small.rstd[0], gain_of(self.part.norms[0]), self.run.fp8)
-                qkv = self.run.matmul(self.part.qkv, h, h8)
-                self.run.turn(self.part, qkv, self.small.low["qkv"], self.lora["qkv"])
-            else:
-                (qkv,) = found
-            if kept is None:
-                out, saved = self.run.attend(self.part, qkv)
-            else:
-                out, *rest = kept
-                saved = tuple(rest)
-            self._attention = qkv, out, saved
-        return self._attention
+        They are the caller's own: nothing is held here any more.
+        """
+        known, self._attention = self._attention or self._attend(), None
+        return known
 
-    def x_mid(self) -> Tensor:
-        """The stream between attention and MLP."""
-        if self._x_mid is None:
-            found = self.shelf.get(self.number, "x_mid")
-            if found is not None:
-                (self._x_mid,) = found
-                return self._x_mid
-            out, pair = self.attention()[1], self.lora["o"]
-            y = self.run.matmul(self.part.o, out, quantise_rows(out) if self.run.fp8 else None)
-            low, gain = self.small.low["o"], gain_of(self.part.norms[1])
-            self._x_mid = add_norm(self.x(), y, low, pair and pair.B, gain, None, False).x
-        return self._x_mid
-
-    def gate_up(self) -> Tensor:
-        """Gate and up, without LoRA."""
+    def before_mlp(self) -> tuple[Tensor, Tensor]:
+        """The stream between the halves, and gate and up without LoRA: the caller's own."""
+        found = self.shelf.get(self.number, "x_mid")
+        x_mid = self._middle() if found is None else found[0]
         found = self.shelf.get(self.number, "gate_up")
         if found is not None:
-            return found[0]
-        h, h8 = norm_again(self.x_mid(), self.small.rstd[1], gain_of(self.part.norms[1]), self.run.fp8)
-        return self.run.matmul(self.part.gate_up, h, h8)
+            return x_mid, found[0]
+        h, h8 = norm_again(x_mid, self.small.rstd[1], gain_of(self.part.norms[1]), self.run.fp8)
+        return x_mid, self.run.matmul(self.part.gate_up, h, h8)
+
+    def _middle(self) -> Tensor:
+        self._attention = x, _, out, _ = self._attend()
+        pair, low, gain = self.lora["o"], self.small.low["o"], gain_of(self.part.norms[1])
+        y = self.run.matmul(self.part.o, out, quantise_rows(out) if self.run.fp8 else None)
+        return add_norm(x, y, low, pair and pair.B, gain, None, False).x
+
+    def _attend(self) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        stream = self.shelf.get(self.number, "x")
+        assert stream is not None
+        found, kept = self.shelf.get(self.number, "qkv"), self.shelf.get(self.number, "attention")
+        if found is None:
+            h, h8 = norm_again(stream[0], self.small.rstd[0], gain_of(self.part.norms[0]), self.run.fp8)
+            qkv = self.run.matmul(self.part.qkv, h, h8)
+            del h, h8
+            self.run.turn(self.part, qkv, self.small.low["qkv"], self.lora["qkv"])
+        else:
+            (qkv,) = found
+        if kept is None:
+            out, saved = self.run.attend(self.part, qkv)
+        else:
+            out, saved = kept[0], kept[1:]
+        return stream[0], qkv, out, saved
 
 
 def joints_of(part: Parts) -> dict[str, Joint]:
