@@ -328,6 +328,11 @@ class TrainingSettings(Settings):
                 + " to train: write model.storage=full adapter.kind=none for full weights, "
                 "or model.storage=bf16|nf4 adapter.kind=lora|dora|ia3 for an adapter"
             )
+        if self.run.fp8 and self.model.storage.startswith("full"):
+            raise ValueError(
+                f"run.fp8 multiplies with frozen weights, and model.storage={self.model.storage} trains them: leave it "
+                "out, or train an adapter"
+            )
         if self.run.step_tokens < self.run.microbatch_tokens:
             raise ValueError(
                 f"run.step_tokens={self.run.step_tokens} is less than a micro-batch of run.microbatch_tokens="

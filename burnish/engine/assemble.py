@@ -166,9 +166,7 @@ def save_trained(
         for key, parameter in trained_parameters(decoder, name).items():
             parameter.data.copy_(trained[key])
     if full:
-        in_32 = settings.save.dtype == "fp32" and settings.model.storage != "full16"
-        dtype = torch.float32 if in_32 else torch.bfloat16
-        save_model(decoder, folder / "model", base, dtype=dtype)
+        save_model(decoder, folder / "model", base, dtype=saved_dtype(settings))
     else:
         about = {
             "base_fingerprint": base_fingerprint(base) if settings.model.init == "weights" else None,
@@ -179,6 +177,12 @@ def save_trained(
         save_adapter(decoder, POLICY, folder / "adapter", name, start.words, about=about, revision=revision)
     if settings.model.template != "auto":  # who serves it must ask in the form that it was trained on
         tokenizer.save(folder / ("model" if full else "adapter"), template.source)
+
+
+def saved_dtype(settings: TrainingSettings) -> torch.dtype:
+    """The dtype of a fully trained model's files: fp32 for weights that are bf16 would only double them."""
+    in_32 = settings.save.dtype == "fp32" and settings.model.storage != "full16"
+    return torch.float32 if in_32 else torch.bfloat16
 
 
 def open_learner(decoder: Decoder, adapter: str | None, optim: OptimSettings, steps: int, mesh: Mesh) -> Learner:

@@ -50,7 +50,7 @@ class Learner:
         """
         sums: dict[str, Tensor] = {}
         counts = [sum(count(b) for b in microbatches), sum(len(b.tokens) for b in microbatches)]
-        total, tokens = self.mesh.sum(torch.tensor(counts, dtype=torch.float64, device=self.mesh.device)).tolist()
+        total, tokens = self._over_ranks(counts)
         if total == 0:
             raise ValueError("this step has no token to learn from: every weight in it is 0")
         for microbatch in microbatches:
@@ -60,18 +60,33 @@ class Learner:
                 sums[name] = sums.get(name, 0.0) + value.detach().double()
         means = self.mesh.sum(torch.stack(list(sums.values()))) / total
         grad_norm = self._clip()
-        *values, norm = torch.cat([means, grad_norm.double().reshape(1)]).tolist()  # the step's one wait for the device
-        metrics_out = dict(zip(sums, values, strict=True)) | {"grad_norm": norm}
-        self._refuse_non_finite(metrics_out, microbatches)
+        results = torch.cat([means, grad_norm.double().reshape(1)])
         rate = self.learning_rate(self.steps_taken)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        unseen = self._unseen()
+        if unseen is not None:  # the device goes on with the update while the host still waits for what led to it
+            unseen.step(healthy=(results[0] + results[-1]).isfinite())  # loss and norm
+        *values, norm = results.tolist()  # the step's one wait for the device
+        metrics_out = dict(zip(sums, values, strict=True)) | {"grad_norm": norm}
+        self._refuse_non_finite(metrics_out, microbatches)
+        if unseen is None:
+            self.optimizer.step()
         # Optimizers in one launch do not say so themselves, and copies of the weights (`model/factors.py`) go by it.
         torch.autograd.graph.increment_version(list(self.parameters.values()))
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_taken += 1
         return metrics_out | {"learning_rate": rate, "tokens": tokens}
+
+    def _over_ranks(self, counts: list[float]) -> list[float]:
+        if self.mesh.world == 1:
+            return counts
+        return self.mesh.sum(torch.tensor(counts, dtype=torch.float64, device=self.mesh.device)).tolist()
+
+    def _unseen(self) -> AdamW | None:
+        """The optimizer, if it can be asked for a step that it leaves out where the gradient is no number."""
+        one = isinstance(self.optimizer, AdamW) and self.mesh.world == 1
+        return self.optimizer if one and self.optimizer.steps_unseen else None
 
     def _clip(self) -> Tensor:
         """The norm of the whole gradient, which is scaled down to `clip` now or in the optimizer's step."""

@@ -96,6 +96,8 @@ def shard(model: nn.Module, blocks: nn.ModuleList, mesh: Mesh) -> None:
     ranks = init_device_mesh(mesh.device.type, (mesh.world,))
     for block in blocks:
         fully_shard(block, mesh=ranks)
+    for head in getattr(model, "heads", nn.ModuleDict()).values():
+        fully_shard(head, mesh=ranks)  # by itself: weights in bf16 and a head in fp32 train in no common group
     fully_shard(model, mesh=ranks)
     for method in FORWARD_METHODS:
         register_fsdp_forward_method(model, method)

@@ -8,7 +8,7 @@ from torch import nn
 
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
-from burnish.engine.assemble import POLICY, REFERENCE, open_model
+from burnish.engine.assemble import POLICY, REFERENCE, open_model, saved_dtype
 from burnish.engine.learner import Learner
 from burnish.engine.mesh import Mesh
 from burnish.engine.rewards import REWARD, Normaliser, fingerprints
@@ -84,8 +84,7 @@ def save_reward(
         **fingerprints(tokenizer, template),
     }
     if full:
-        dtype = torch.float32 if config.save.dtype == "fp32" else torch.bfloat16
-        save_model(decoder, folder / "model", start.base, dtype=dtype, head=REWARD)
+        save_model(decoder, folder / "model", start.base, dtype=saved_dtype(config), head=REWARD)
         (folder / "model" / ABOUT_FILE).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     else:
         name, revision = config.model.path, config.model.revision

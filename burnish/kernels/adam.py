@@ -141,8 +141,9 @@ def _update(
     tensor, first, last = _place(chunks, facts, CHUNK)
     number = tl.load(facts + 2 * tensor + 1)
     row = addresses + tensor * WIDTH
-    if tl.load(row + 1) != 0:
-        factor = tl.load(scale)
+    factor = tl.load(scale)
+    # A gradient that is no number leaves everything as it was: whoever asked for the step hears of it later.
+    if (tl.load(row + 1) != 0) & (factor == factor):
         for part in range(0, CHUNK, BLOCK):
             start = first + part
             if start + BLOCK <= last:

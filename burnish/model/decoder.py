@@ -21,6 +21,8 @@ from burnish.ops.log_probs import chunk_rows, head_logits, target_log_probs
 from burnish.ops.pointwise import soft_cap
 from burnish.types import Batch
 
+LEAN_LOGITS = 1 << 25
+"""Logits held at a time on a GPU at the least memory: 128 MiB."""
 MAX_GRAPHS = 64
 """Of the decoder block, for all the ways in which it is called."""
 
@@ -190,10 +192,10 @@ class Decoder(nn.Module):
             hidden_KD, cap = hidden_KD / temperature, None if cap is None else cap / temperature
         if adapter is None or adapter not in self.lm_head.adapters:
             head_VD = self.lm_head.weight.dense(hidden_KD.dtype)
-            return target_log_probs(hidden_KD, head_VD, targets_K, cap)
+            return target_log_probs(hidden_KD, head_VD, targets_K, cap, self._chunk())
         parts = [
             checkpoint(self._score_adapted, hidden_KD[rows], targets_K[rows], adapter, cap, use_reentrant=False)
-            for rows in chunk_rows(len(targets_K), self.config.vocab_size, hidden_KD.device)
+            for rows in chunk_rows(len(targets_K), self.config.vocab_size, hidden_KD.device, self._chunk())
         ]
         log_probs = [targets_K[:0].float(), *(part[0] for part in parts)]
         return torch.cat(log_probs), torch.cat([targets_K[:0].bool(), *(part[1] for part in parts)])
@@ -205,6 +207,10 @@ class Decoder(nn.Module):
         logits_KV = soft_cap(self.lm_head(hidden_KD, adapter).float(), cap)
         log_probs_K = logits_KV.log_softmax(-1).gather(1, targets_K[:, None])[:, 0]
         return log_probs_K, logits_KV.argmax(-1) == targets_K
+
+    def _chunk(self) -> int | None:
+        """How many logits are held at a time, where memory counts for more than time."""
+        return LEAN_LOGITS if self.checkpointing and self.device.type == "cuda" else None
 
     def _eager(self) -> AbstractContextManager[object]:
         """Generation runs uncompiled: its shapes change with every token."""

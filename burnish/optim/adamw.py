@@ -163,11 +163,25 @@ class AdamW(torch.optim.Optimizer):
         self._scale = (largest / (norm + 1e-6)).clamp(max=1.0) if largest else None
         return norm
 
+    @property
+    def steps_unseen(self) -> bool:
+        """Whether `step` takes its `healthy`: every weight is updated by a kernel."""
+        return bool(self._bundles) and all(bundle.kernel for bundle in self._bundles)
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step on the gradients that there are, or that the last `clip` saw."""
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, closure: Callable[[], float] | None = None, healthy: Tensor | None = None
+    ) -> None:
+        """One step on the gradients that there are, or that the last `clip` saw.
+
+        Where `healthy`, a flag on the device, is not set, no weight and no moment changes; the host need not wait to
+        know it.
+        """
         assert closure is None
+        assert healthy is None or self.steps_unseen
         due, scale = self._prepare(), self._scale
+        if healthy is not None:
+            scale = torch.where(healthy, 1.0 if scale is None else scale, float("nan")).float()
         for launch in due:
             _launch(launch, scale, self.seed)
         for bundle in self._bundles:
