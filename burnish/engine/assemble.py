@@ -43,7 +43,7 @@ REFERENCE = "reference"
 
 def activation_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype that run.dtype stands for on a device."""
-    if name == "auto":
+    if name in ("auto", "fp8"):
         name = "bf16" if device.type == "cuda" else "fp32"
     return torch.bfloat16 if name == "bf16" else torch.float32
 
@@ -98,7 +98,7 @@ def lay_out(decoder: Decoder, run: RunSettings, mesh: Mesh, states: float = 8.0)
         decoder.planner = lambda: plan_of(decoder, run, states, mesh.device)
     elif run.fp8:
         reason = f"{mesh.world} ranks" if mesh.world > 1 else f"the blocks of a {decoder.config.architecture}"
-        raise ValueError(f"run.fp8: 8-bit matmuls are not there for {reason}: leave it out")
+        raise ValueError(f"run.dtype=fp8: 8-bit matmuls are not there for {reason}: leave it out")
     shard(decoder, decoder.model.layers, mesh)
     torch.manual_seed(run.seed + mesh.rank)  # what is drawn from here on, dropout, differs from rank to rank
 
