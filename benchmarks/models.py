@@ -28,7 +28,7 @@ def open_random(
     """The decoder with its adapter, as a recipe opens it, but from random weights; and the adapter's name."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
-        run = RunSettings(device=mesh.device.type, memory=memory, fp8=fp8)
+        run = RunSettings(device=mesh.device.type, memory=memory, dtype="fp8" if fp8 else "auto")
         model = ModelSettings(path=folder, storage=storage, init="random")
         settings = AdapterSettings(kind=adapter, rank=RANK, alpha=ALPHA)
         return open_model(Start(Path(folder)), model, settings, run, mesh, furnish)

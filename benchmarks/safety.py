@@ -303,7 +303,7 @@ def tune(entry: Entry, base: Path, data: Data, mesh: Mesh, length: tuple[int, in
         torch.cuda.empty_cache()
     began = time.perf_counter()
     on_cpu = mesh.device.type == "cpu"  # where the script is only tried out
-    run = run_settings(mesh, seed=entry.seed, fp8=entry.fp8 and not on_cpu)
+    run = run_settings(mesh, seed=entry.seed, dtype="fp8" if entry.fp8 else "auto")
     settings = build(ModelSettings, {"path": str(base), "storage": entry.storage})
     model, adapter = open_model(Start(base), settings, AdapterSettings(kind="lora", rank=16, alpha=32), run, mesh)
     if on_cpu:

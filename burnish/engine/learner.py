@@ -85,8 +85,10 @@ class Learner:
 
     def _unseen(self) -> AdamW | None:
         """The optimizer, if it can be asked for a step that it leaves out where the gradient is no number."""
-        one = isinstance(self.optimizer, AdamW) and self.mesh.world == 1
-        return self.optimizer if one and self.optimizer.steps_unseen else None
+        optimizer = self.optimizer
+        if isinstance(optimizer, AdamW) and self.mesh.world == 1 and optimizer.steps_unseen:
+            return optimizer
+        return None
 
     def _clip(self) -> Tensor:
         """The norm of the whole gradient, which is scaled down to `clip` now or in the optimizer's step."""

@@ -37,7 +37,7 @@ def gradients(model: Decoder, batch: Batch, adapter: str | None) -> dict[str, to
 
 
 def opened(folder: Path, storage: str, fp8: bool = False) -> tuple[Decoder, str | None]:
-    run = RunSettings(device="cuda", compile="off", fp8=fp8)
+    run = RunSettings(device="cuda", compile="off", dtype="fp8" if fp8 else "auto")
     kind = "none" if storage.startswith("full") else "lora"
     settings = ModelSettings(path=str(folder), storage=storage)
     model, name = open_model(Start(folder), settings, AdapterSettings(kind=kind), run, Mesh(torch.device("cuda")))
