@@ -37,8 +37,15 @@ check: $(VENV)/dev ## format, lint, types, layers, size budget, structure
 gpu: $(VENV)/dev ## run the tests that need a CUDA device
 	$(BIN)/pytest tests/gpu
 
-bench: $(VENV)/dev ## measure QLoRA on the Llama-2-7B shape on a CUDA device; adds a row to benchmarks/results.csv
-	$(BIN)/python -m benchmarks.sft
+.peers/venv/bin/python: benchmarks/peers/wheels.txt benchmarks/peers/device.txt
+	$(PYTHON) benchmarks/peers/fetch.py install .peers/venv
+
+bench: $(VENV)/dev .peers/venv/bin/python ## measure on a CUDA device, beside Unsloth and TRL: every row of docs/performance.md
+	for row in qlora qlora-8b lora ragged full small; do $(BIN)/python -m benchmarks.sft row=$$row peers=.peers/venv seconds=1800 || exit 1; done
+	$(BIN)/python -m benchmarks.dpo peers=.peers/venv seconds=1800
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.page
+	$(BIN)/python -m benchmarks.compare
 
 clean: ## delete .venv and caches, never runs/
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

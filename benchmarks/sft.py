@@ -149,7 +149,7 @@ def ours(asked: Mapping[str, str], side: str) -> list[Entry]:
         for fp8 in fp8s:
             setting = {"memory": memory, "fp8": fp8 == "true"}
             name = f"burnish-{memory}-{'fp8' if setting['fp8'] else 'bf16'}"
-            entries.append(Entry(name, name, setting, _columns(asked, "burnish", "", setting)))
+            entries.append(Entry(name, name, setting, _columns(asked, "burnish", "", {"side": side, **setting})))
     return entries
 
 
@@ -161,7 +161,7 @@ def theirs(asked: Mapping[str, str], side: str) -> list[Entry]:
             request = {"system": system, "batch": int(asked["sequences"])} | dict(setting)
             unread = ("system", "checkpointing", *(("liger", "attention") if system == "unsloth" else ()))
             told = {key: value for key, value in request.items() if key not in unread}
-            columns = _columns(asked, system, setting["checkpointing"], told)
+            columns = _columns(asked, system, setting["checkpointing"], {"side": side, **told})
             entries.append(Entry(f"{system}, {side} {number}", f"{system}-{side}-{number}", request, columns))
     return entries
 

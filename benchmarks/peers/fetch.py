@@ -1,10 +1,11 @@
-"""One file with everything that the peers need on a machine without a network: .peers/peers.tar.gz.
+"""The peers, with everything that they need: in an environment of their own, or packed for a machine without a network.
 
-python benchmarks/peers/fetch.py [folder]
+python benchmarks/peers/fetch.py install [FOLDER]    an environment in FOLDER (.peers/venv), by way of pip
+python benchmarks/peers/fetch.py [FOLDER]            one file, FOLDER/peers.tar.gz (.peers)
 
-Wheels for CPython 3.12 on Linux x86-64 are downloaded without dependencies (`wheels.txt` names them all) and unpacked
-into `site/`; TRL 1.12, the last with a PPO, is unpacked apart, into `trl112/`. What a CUDA 13.0 machine does not read
-is left out, so that the whole packs to about 26 MB. On that machine:
+The file: wheels for CPython 3.12 on Linux x86-64 are downloaded without dependencies (`wheels.txt` names them all) and
+unpacked into `site/`; TRL 1.12, the last with a PPO, is unpacked apart, into `trl112/`. What a CUDA 13.0 machine does
+not read is left out, so that the whole packs to about 26 MB. On that machine:
 
     mkdir -p .peers/unpacked && tar xzf .peers/peers.tar.gz -C .peers/unpacked
     python -m benchmarks.dpo peers=.peers/unpacked
@@ -15,10 +16,12 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import venv
 import zipfile
 from pathlib import Path
 
 WHEELS = Path(__file__).with_name("wheels.txt")
+DEVICE = Path(__file__).with_name("device.txt")
 PPO = "trl==1.12.0"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 LEFT_OUT = ("studio/*", "*.data/scripts/*")
@@ -40,6 +43,15 @@ def main(folder: Path) -> None:
             for place in ("site", "trl112"):
                 tar.add(Path(scratch) / place, place)
     print(f"{packed}: {packed.stat().st_size / 2**20:.1f} MiB")
+
+
+def install(folder: Path) -> None:
+    """Makes the environment: what `wheels.txt` takes for granted, then the wheels themselves, as they ran together."""
+    venv.create(folder, with_pip=True, clear=True)
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "-r", str(DEVICE)], check=True)
+    subprocess.run([*pip, "--no-deps", "-r", str(WHEELS)], check=True)
+    subprocess.run([*pip, "--no-deps", "--target", str(folder / "trl112"), PPO], check=True)
 
 
 def download(wanted: list[str], folder: Path) -> list[Path]:
@@ -65,4 +77,7 @@ def is_read(name: str) -> bool:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else ".peers"))
+    if sys.argv[1:2] == ["install"]:
+        install(Path(sys.argv[2] if len(sys.argv) > 2 else ".peers/venv"))
+    else:
+        main(Path(sys.argv[1] if len(sys.argv) > 1 else ".peers"))

@@ -37,6 +37,8 @@ from burnish.settings import AdapterSettings, ModelSettings, OptimSettings, RunS
 
 POLICY = "policy"
 """The name of the adapter in training."""
+STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.04}
+"""What an optimizer holds for each trained number."""
 REFERENCE = "reference"
 """The name of the frozen adapter that it started from, where it was not fresh."""
 
@@ -55,12 +57,13 @@ def open_model(
     run: RunSettings,
     mesh: Mesh,
     furnish: Callable[[Decoder], None] | None = None,
-    states: float = 8.0,
+    optim: OptimSettings | None = None,
 ) -> tuple[Decoder, str | None]:
     """The decoder, ready to train on every rank, and the name of the adapter that trains (None: full weights).
 
     The adapter is fresh, or a copy of the one that `start` names, which stays beside it under the name REFERENCE.
-    `furnish` adds what else the model is to carry, before it is laid over the devices; `states` is for `lay_out`.
+    `furnish` adds what else the model is to carry, before it is laid over the devices; `optim` says how much
+    memory its optimizer will want.
     """
     torch.manual_seed(run.seed)
     dtype = activation_dtype(run.dtype, mesh.device)
@@ -80,7 +83,7 @@ def open_model(
         add_adapter(decoder, name, spec, torch.Generator().manual_seed(run.seed))
     if furnish is not None:
         furnish(decoder)
-    lay_out(decoder, run, mesh, states)
+    lay_out(decoder, run, mesh, STATE_BYTES[optim.kind if optim else "adamw"])
     return decoder, name
 
 

@@ -41,7 +41,7 @@ def open_reward_model(start: Start, config: TrainingSettings, mesh: Mesh) -> tup
         if not decoder.config.tied:
             decoder.lm_head.requires_grad_(False)
 
-    return open_model(start, config.model, config.adapter, config.run, mesh, furnish)
+    return open_model(start, config.model, config.adapter, config.run, mesh, furnish, config.optim)
 
 
 def reward_parameters(decoder: Decoder, adapter: str | None) -> dict[str, nn.Parameter]:

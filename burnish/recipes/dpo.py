@@ -149,7 +149,7 @@ def main(config: Config) -> dict[str, Any]:
         steps = config.run.steps if config.run.steps is not None else stream.steps_in(config.run.epochs)
 
         # 3. The policy trains. The reference is what it starts from, and stays: see `open_reference`.
-        model, adapter = open_model(start, config.model, config.adapter, config.run, mesh)
+        model, adapter = open_model(start, config.model, config.adapter, config.run, mesh, optim=config.optim)
         learner = open_learner(model, adapter, config.optim, steps, mesh)
         policy, refer = Role(model, adapter), open_reference(config, start, model, data, stream, mesh)
 

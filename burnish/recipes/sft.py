@@ -52,7 +52,7 @@ def main(config: Config) -> dict[str, Any]:
         steps = config.run.steps if config.run.steps is not None else stream.steps_in(config.run.epochs)
 
         # 3. The model: one stored weight per layer, and beside it the adapter, if any; only one of the two trains.
-        model, adapter = open_model(start, config.model, config.adapter, config.run, mesh)
+        model, adapter = open_model(start, config.model, config.adapter, config.run, mesh, optim=config.optim)
         learner = open_learner(model, adapter, config.optim, steps, mesh)
         lengths = (config.data.max_length, budget)
         judge = Judge(model, adapter, tokenizer, template, data.held_out, data.prompts, config.evaluate, lengths)

@@ -57,7 +57,9 @@ def open_cast(task: Task[C], mesh: Mesh, with_value: bool = False) -> Cast:
     config, start = task.config, task.start
     reward_adapter = shared_reward(config.reward, start.base)
     furnish, full = _furnishing(task, reward_adapter, with_value), config.adapter.kind == "none"
-    model, name = open_model(start, config.model, config.adapter, config.run, mesh, None if full else furnish)
+    model, name = open_model(
+        start, config.model, config.adapter, config.run, mesh, None if full else furnish, config.optim
+    )
     frozen = _second_copy(start, config, mesh, furnish) if full else model
     models = nn.ModuleList([model, frozen] if full else [model]).eval()
     temperature = config.rollout.temperature
