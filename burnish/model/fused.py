@@ -44,6 +44,7 @@ class FusedBlocks:
                         return False
         return True
 
+    @torch.compiler.disable  # pyright: ignore[reportUntypedFunctionDecorator]
     def __call__(
         self, x_TD: Float[Tensor, "T D"], given: Pass, adapter: str | None, plan: Plan
     ) -> Float[Tensor, "T D"]:
@@ -89,7 +90,9 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        run: FusedPass = ctx.run
+        run: FusedPass | None = ctx.run
+        if run is None:
+            raise RuntimeError("a second backward pass: what the first one needed is not kept")
         dx = run.backward(grads[0].contiguous())
         ctx.run = None
         return None, dx, *(run.gradients.get(id(parameter)) for parameter in ctx.parameters)

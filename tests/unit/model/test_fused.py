@@ -101,3 +101,89 @@ def test_shared_prompts(folder: Path) -> None:
     model.dtype = torch.float64
     _, shared, _ = tiny_shared_batch(((5, (3, 4)), (7, (2, 6, 3))))
     compare(model, shared, "a", PLANS["mixed"])
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("plan", ["keep", "least"])
+def test_gradient_of_the_stream_by_finite_differences(tmp_path: Path, plan: str) -> None:
+    model = prepared(tiny_folder(tmp_path / "model", **SHAPE), "nf4")
+    model.dtype = torch.float64
+    assert model.fuse_blocks()
+    batch = tiny_batch((3, 2))
+    given, fused = model._packed(batch), model.fused
+    x = model.model.embed_tokens(batch.tokens, torch.float64).detach().requires_grad_()
+    assert fused is not None
+    random = torch.Generator().manual_seed(0)
+    along, weights = (torch.randn(x.shape, generator=random, dtype=torch.float64) for _ in range(2))
+
+    def value(x: torch.Tensor) -> torch.Tensor:
+        return (fused(x, given, "a", PLANS[plan]) * weights).sum()
+
+    total = value(x)
+    total.backward()
+    assert x.grad is not None
+    step = 1e-6
+    with torch.no_grad():
+        slope = (value(x + step * along) - value(x - step * along)) / (2 * step)
+    torch.testing.assert_close((x.grad * along).sum(), slope, rtol=1e-6, atol=1e-8)
+    with pytest.raises(RuntimeError, match="second backward pass"):
+        total.backward()
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_inside_a_compiled_function(folder: Path) -> None:
+    model, batch = prepared(folder, "nf4"), tiny_batch(LENGTHS)
+    assert model.fuse_blocks()
+    _, expected = gradients(model, batch, "a")
+    plain = model.hidden
+    model.hidden = torch.compile(plain, backend="aot_eager")  # type: ignore[method-assign]
+    _, found = gradients(model, batch, "a")
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+def test_factors_that_changed_are_multiplied_with(folder: Path) -> None:
+    model, batch = prepared(folder, "bf16"), tiny_batch(LENGTHS)
+    assert model.fuse_blocks()
+    before = model.hidden(batch, "a")
+    for parameter in adapter_parameters(model, "a").values():
+        with torch.no_grad():
+            parameter.mul_(1.5)
+    after = model.hidden(batch, "a")
+    model.fused = None
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, model.hidden(batch, "a"), rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_and_other_adapters_go_the_plain_way(folder: Path) -> None:
+    model = load_model(folder, "fp32")
+    add_adapter(model, "wet", AdapterSpec(dropout=0.5), torch.Generator())
+    add_adapter(model, "dora", AdapterSpec(kind="dora"), torch.Generator())
+    assert model.fuse_blocks()
+    assert model.fused is not None
+    assert not model.fused.takes("wet", training=True)
+    assert model.fused.takes("wet", training=False)
+    assert not model.fused.takes("dora", training=False)
+    assert model.fused.takes(None, training=True)
+
+
+def test_weights_held_decoded_are_the_same_and_can_be_let_go(folder: Path) -> None:
+    model, batch = prepared(folder, "nf4"), tiny_batch(LENGTHS)
+    assert model.fuse_blocks()
+    assert model.fused is not None
+    hidden, expected = gradients(model, batch, "a")
+    model.fused.hold_decoded(2)
+    for _ in range(2):
+        again, found = gradients(model, batch, "a")
+        assert torch.equal(again, hidden)
+        assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    held = [bool(part.qkv._held) for part in model.fused.trunk.parts]
+    model.new_cache(1, 8)
+    assert held == [True, True, False]
+    assert not any(part.qkv._held for part in model.fused.trunk.parts)
+
+
+@pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM"])
+def test_families_with_other_blocks_are_left_to_autograd(tmp_path: Path, architecture: str) -> None:
+    model = load_model(tiny_folder(tmp_path / "model", architecture, **SHAPE, head_dim=16), "fp32")
+    assert not model.fuse_blocks()
+    assert model.fused is None
