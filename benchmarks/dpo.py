@@ -184,8 +184,13 @@ def serve(asked: Mapping[str, str]) -> None:
 
 def open_policy(asked: Mapping[str, str], setting: Mapping[str, Any], mesh: Mesh) -> tuple[Learner, Role]:
     """The model of a setting, with its optimizer."""
-    decoder, name = open_random(asked["shape"], asked["storage"], "lora", mesh, setting["memory"], setting["fp8"])
-    learner = open_learner(decoder, name, OptimSettings(lr=1e-4, schedule="constant", warmup=0), 10_000, mesh)
+    optim = OptimSettings(lr=1e-4, schedule="constant", warmup=0)
+    pair = int(asked["prompt"]) + int(asked["answer"])
+    if setting["prefix_sharing"]:
+        pair -= int(asked["prompt"]) // 2
+    given = (setting["memory"], setting["fp8"], 2 * (pair + 1) * int(asked["pairs"]), optim)
+    decoder, name = open_random(asked["shape"], asked["storage"], "lora", mesh, *given)
+    learner = open_learner(decoder, name, optim, 10_000, mesh)
     return learner, Role(decoder, name)
 
 

@@ -6,7 +6,8 @@ python -m benchmarks.sft [row=qlora] [shape=llama-2-7b] [storage=nf4] [lengths=f
                          [commit=HASH] [note=TEXT]
 
 `row` is a name of `ROWS`, a row of the table in docs/performance.md; words after it change it. Random weights, random
-ids, every token trained on. `storage=full` trains all weights, else LoRA of rank 16 on all linear layers is trained.
+ids, every token trained on. `storage=full16` and `full` train all weights, in bf16 or fp32; otherwise LoRA of rank 16
+on all linear layers is trained.
 `lengths=alpaca` draws ragged rows. The systems of a side are loaded at once and take turns (`turns.py`), but with all
 weights in training each is loaded anew for its turn. `fast`: everything kept; `lean`: the least memory. Without
 `peers=`, what `peers/fetch.py` makes, only Burnish is measured. `memory=` is a list of amounts in place of the sides'.
@@ -64,10 +65,10 @@ ROWS: Mapping[str, Mapping[str, str]] = {
     "qlora-8b": {"shape": "llama-3.1-8b"},
     "lora": {"storage": "bf16", "systems": "burnish,unsloth"},  # a third model of 14 GB leaves no room on 80 GB
     "ragged": {"lengths": "alpaca"},
-    "full": {"storage": "full", "systems": "burnish,trl"},
+    "full": {"storage": "full16", "systems": "burnish,trl"},
     "small": {"shape": "qwen-2.5-0.5b", "storage": "bf16", "sequences": "1", "sides": "fast"},
 }
-CHOICES = {"row": ROWS, "shape": SHAPES, "storage": ("nf4", "bf16", "full"), "lengths": LENGTHS}
+CHOICES = {"row": ROWS, "shape": SHAPES, "storage": ("nf4", "bf16", "full16", "full"), "lengths": LENGTHS}
 NUMBERS = ("sequences", "length", "rounds", "seconds")
 LISTS = {"sides": ("fast", "lean"), "systems": ("burnish", "trl", "unsloth"), "fp8": ("false", "true")}
 
@@ -85,7 +86,13 @@ PEERS: Mapping[str, Mapping[str, tuple[Mapping[str, Any], ...]]] = {
     "full": {"trl": (RECOMPUTED | {"optimizer": "paged_adamw_8bit"},), "unsloth": (RECOMPUTED,)},
 }
 """The settings of the peers for each side. `liger` and `attention` are read by TRL alone: Unsloth has its own."""
-MEMORY = {"fast": "auto", "lean": "least", "ragged": "auto", "full": "auto"}
+OURS = {
+    "fast": {"memory": "auto", "optimizer": "adamw"},
+    "lean": {"memory": "least", "optimizer": "adamw8bit"},
+    "ragged": {"memory": "auto", "optimizer": "adamw"},
+    "full": {"memory": "auto", "optimizer": "adamw8bit"},
+}
+"""Burnish's settings for each side."""
 
 
 def main(asked: Mapping[str, str]) -> None:
@@ -107,7 +114,7 @@ def main(asked: Mapping[str, str]) -> None:
         for chosen in sides_at_once(asked, sides, num_peers, device_gib()):
             entries = [entry for side in chosen for entry in ours(asked, side)]
             entries += [entry for side in chosen if with_peers for entry in theirs(asked, side)]
-            measure(asked, entries, clock, together=asked["storage"] != "full")
+            measure(asked, entries, clock, together=not trains_all(asked))
     finally:
         shutil.rmtree(model, ignore_errors=True)
 
@@ -135,19 +142,24 @@ def measure(asked: Mapping[str, str], entries: list[Entry], clock: Clock, togeth
 
 def sides_of(asked: Mapping[str, str]) -> list[str]:
     """The sides that are measured one after the other."""
-    if asked["storage"] == "full":
+    if trains_all(asked):
         return ["full"]
     return ["ragged"] if asked["lengths"] != "fixed" else asked["sides"].split(",")
+
+
+def trains_all(asked: Mapping[str, str]) -> bool:
+    """Whether all weights are trained, without an adapter."""
+    return asked["storage"].startswith("full")
 
 
 def ours(asked: Mapping[str, str], side: str) -> list[Entry]:
     """What is measured of Burnish: a process each, so that each compiles for itself; it holds no memory in between."""
     entries: list[Entry] = []
-    memories = asked["memory"].split(",") if asked["memory"] else [MEMORY[side]]
-    fp8s = ["false"] if asked["storage"] == "full" else asked["fp8"].split(",")
+    memories = asked["memory"].split(",") if asked["memory"] else [OURS[side]["memory"]]
+    fp8s = ["false"] if trains_all(asked) else asked["fp8"].split(",")
     for memory in memories if "burnish" in asked["systems"].split(",") else []:
         for fp8 in fp8s:
-            setting = {"memory": memory, "fp8": fp8 == "true"}
+            setting = {**OURS[side], "memory": memory, "fp8": fp8 == "true"}
             name = f"burnish-{memory}-{'fp8' if setting['fp8'] else 'bf16'}"
             entries.append(Entry(name, name, setting, _columns(asked, "burnish", "", {"side": side, **setting})))
     return entries
@@ -190,8 +202,8 @@ def _columns(
         "system": system,
         "shape": asked["shape"],
         "storage": asked["storage"],
-        "adapter": "none" if asked["storage"] == "full" else "lora",
-        "rank": "" if asked["storage"] == "full" else RANK,
+        "adapter": "none" if trains_all(asked) else "lora",
+        "rank": "" if trains_all(asked) else RANK,
         "checkpointing": checkpointing,
         "settings": " ".join(f"{key}={str(value).lower()}" for key, value in told.items()),
     }
@@ -209,10 +221,11 @@ def serve(asked: Mapping[str, str]) -> None:
 
 def measured(asked: Mapping[str, str], setting: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """A turn with a setting, on a model of its own."""
-    adapter = "none" if asked["storage"] == "full" else "lora"
-    memory, fp8 = str(setting["memory"]), bool(setting["fp8"])
-    decoder, name = open_random(asked["shape"], asked["storage"], adapter, mesh, memory, fp8)
-    learner = open_learner(decoder, name, OptimSettings(lr=1e-4, schedule="constant", warmup=0), 10_000, mesh)
+    adapter, tokens = "none" if trains_all(asked) else "lora", int(asked["sequences"]) * int(asked["length"])
+    optim = OptimSettings(kind=setting["optimizer"], lr=1e-4, schedule="constant", warmup=0)
+    given = (setting["memory"], setting["fp8"], tokens, optim)
+    decoder, name = open_random(asked["shape"], asked["storage"], adapter, mesh, *given)
+    learner = open_learner(decoder, name, optim, 10_000, mesh)
     batches = batches_of(asked)
     meter = Meter(*turn_of(_tokens(asked, setting)), mesh.device)
 

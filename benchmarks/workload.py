@@ -52,7 +52,7 @@ def sides_at_once(asked: Mapping[str, str], sides: list[str], num_peers: int, to
     groups = shape["num_key_value_heads"] / heads
     block = 2 * width**2 * (1 + groups) + 3 * width * shape["intermediate_size"]
     tables = shape["vocab_size"] * width * (1 if shape.get("tie_word_embeddings") else 2)
-    bytes_each = {"nf4": 0.52, "bf16": 2.0, "full": 4.0}[asked["storage"]]
+    bytes_each = {"nf4": 0.52, "bf16": 2.0, "full16": 2.0, "full": 4.0}[asked["storage"]]
     weights = (depth * block * bytes_each + 2 * tables) / 2**30
     tokens = int(asked["sequences"]) * int(asked["length"])
     activations = tokens * depth * (6 * width + 4 * shape["intermediate_size"]) * 2 / 2**30

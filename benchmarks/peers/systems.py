@@ -1,6 +1,6 @@
 """The models of both peers, with their LoRA, as their own documents say for speed.
 
-`asked` names what is wanted: system, model (a folder), storage (nf4, bf16; full trains every weight), length, rank,
+`asked` names what is wanted: system, model (a folder), storage (nf4, bf16; `full...` trains every weight), length, rank,
 alpha, checkpointing, attention.
 """
 
@@ -24,10 +24,10 @@ def open_unsloth(asked: Any) -> Any:
         max_seq_length=asked.length,
         dtype=torch.bfloat16,
         load_in_4bit=asked.storage == "nf4",
-        full_finetuning=asked.storage == "full",
+        full_finetuning=asked.storage.startswith("full"),
         local_files_only=True,
     )
-    if asked.storage == "full":
+    if asked.storage.startswith("full"):
         return model
     return FastLanguageModel.get_peft_model(
         model,
@@ -63,7 +63,7 @@ def open_trl(asked: Any, device: Any) -> tuple[Any, Any]:
                 bnb_4bit_compute_dtype=torch.bfloat16,
             )
     model = AutoModelForCausalLM.from_pretrained(asked.model, **given)
-    if asked.storage == "full":
+    if asked.storage.startswith("full"):
         return model, None
     lora = LoraConfig(
         r=asked.rank, lora_alpha=asked.alpha, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM"

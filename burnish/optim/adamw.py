@@ -68,6 +68,8 @@ def restore_optimizer(
         if state and isinstance(optimizer, AdamW):
             state["step"] = int(state["step"])
         optimizer.state[parameter] = state
+    if isinstance(optimizer, AdamW):
+        optimizer.forget_places()
 
 
 def takes_kernel(tensor: Tensor) -> bool:
@@ -100,6 +102,14 @@ class Update(NamedTuple):
         return cls(decay, lr / (1 - beta1**step), 1 / root, group["eps"], beta1, 1 - beta1, beta2, 1 - beta2)
 
 
+class _Place(NamedTuple):
+    """Where a weight and its moments lie, found once."""
+
+    weight: int
+    moments: tuple[int, ...]
+    state: dict[str, Any]
+
+
 class _Bundle:
     """Parameters of one group, dtype and kind of state: what one launch takes."""
 
@@ -110,6 +120,7 @@ class _Bundle:
         self.kernel = all(takes_kernel(parameter) for parameter in parameters)
         self.layout: tuple[Tensor, Tensor] | None = None
         """What a table holds that no step changes."""
+        self.places: list[_Place | None] = [None] * len(parameters)
 
 
 class _Due(NamedTuple):
@@ -118,6 +129,8 @@ class _Due(NamedTuple):
     bundle: _Bundle
     step: int
     table: Any
+    states: list[dict[str, Any]]
+    """Of the tensors that have a gradient."""
     held: list[Tensor]
     """Contiguous copies of gradients that were not: they must live until the launch."""
 
@@ -184,17 +197,11 @@ class AdamW(torch.optim.Optimizer):
             scale = torch.where(healthy, 1.0 if scale is None else scale, float("nan")).float()
         for launch in due:
             _launch(launch, scale, self.seed)
-        for bundle in self._bundles:
-            for number, parameter in zip(bundle.numbers, bundle.parameters, strict=True):
-                if parameter.grad is None:
-                    continue
-                state = self._state_of(parameter, bundle.eight)
+            for state in launch.states:
                 state["step"] += 1
-                if not bundle.kernel:
-                    pieces = {key: _piece(value) for key, value in state.items() if key != "step"}
-                    update = Update.at(state["step"], bundle.group)
-                    key, counter = self.seed, (number, state["step"])
-                    reference_update(_piece(parameter), _piece(parameter.grad), pieces, update, scale, key, counter)
+        for bundle in self._bundles:
+            if not bundle.kernel:
+                self._step_without_kernel(bundle, scale)
         self._scale = self._due = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -202,34 +209,58 @@ class AdamW(torch.optim.Optimizer):
         self._scale = self._due = None
         super().zero_grad(set_to_none)
 
+    def forget_places(self) -> None:
+        """Look again for where moments lie: somebody has put others in their place."""
+        for bundle in self._bundles:
+            bundle.places = [None] * len(bundle.parameters)
+
     def _prepare(self) -> list[_Due]:
         if self._due is None:
             self._due = [due for bundle in self._bundles if bundle.kernel for due in self._tables(bundle)]
         return self._due
 
+    def _step_without_kernel(self, bundle: _Bundle, scale: Tensor | None) -> None:
+        for number, parameter in zip(bundle.numbers, bundle.parameters, strict=True):
+            if parameter.grad is not None:
+                state = self._state_of(parameter, bundle.eight)
+                state["step"] += 1
+                pieces = {key: _piece(value) for key, value in state.items() if key != "step"}
+                update, counter = Update.at(state["step"], bundle.group), (number, state["step"])
+                reference_update(_piece(parameter), _piece(parameter.grad), pieces, update, scale, self.seed, counter)
+
     def _tables(self, bundle: _Bundle) -> Iterator[_Due]:
         """A launch for each count of steps that parameters have taken: one, unless gradients were missing before."""
         rows: list[tuple[int, ...]] = []
+        states: dict[int, list[dict[str, Any]]] = {}
         steps: list[int] = []
         held: list[Tensor] = []
-        names = _MOMENTS[bundle.eight]
-        for parameter in bundle.parameters:
-            if parameter.grad is None:
-                rows.append((0,) * (2 + len(names)))
+        missing = (0,) * (2 + len(_MOMENTS[bundle.eight]))
+        for i, parameter in enumerate(bundle.parameters):
+            gradient = parameter.grad
+            if gradient is None:
+                rows.append(missing)
                 steps.append(0)
                 continue
-            state = self._state_of(parameter, bundle.eight)
-            tensors = [parameter, parameter.grad, *(state[name] for name in names)]
             if bundle.split:
-                tensors = [_piece(tensor) for tensor in tensors]
-            if not tensors[1].is_contiguous():
-                tensors[1] = tensors[1].contiguous()
-                held.append(tensors[1])
-            rows.append(tuple([tensor.data_ptr() for tensor in tensors]))
-            steps.append(state["step"] + 1)
-        for step in sorted(set(steps) - {0}):
+                gradient = _piece(gradient)
+            if not gradient.is_contiguous():
+                gradient = gradient.contiguous()
+                held.append(gradient)
+            weight = (_piece(parameter) if bundle.split else parameter).data_ptr()
+            place = bundle.places[i]
+            if place is None or place.weight != weight:
+                bundle.places[i] = place = self._place(parameter, weight, bundle.eight)
+            step = place.state["step"] + 1
+            rows.append((weight, gradient.data_ptr(), *place.moments))
+            steps.append(step)
+            states.setdefault(step, []).append(place.state)
+        for step in sorted(states):
             only = rows if len(set(steps)) == 1 else _only(rows, steps, step)
-            yield _Due(bundle, step, _table(bundle, only), held)
+            yield _Due(bundle, step, _table(bundle, only), states[step], held)
+
+    def _place(self, parameter: nn.Parameter, weight: int, eight: bool) -> _Place:
+        state = self._state_of(parameter, eight)
+        return _Place(weight, tuple([_piece(state[name]).data_ptr() for name in _MOMENTS[eight]]), state)
 
     def _state_of(self, parameter: nn.Parameter, eight: bool) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]

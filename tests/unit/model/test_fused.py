@@ -120,7 +120,7 @@ def test_gradient_of_the_stream_by_finite_differences(tmp_path: Path, plan: str)
         return (fused(x, given, "a", PLANS[plan]) * weights).sum()
 
     total = value(x)
-    total.backward()
+    total.backward(retain_graph=True)
     assert x.grad is not None
     step = 1e-6
     with torch.no_grad():
