@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from burnish.kernels import has_triton
 from burnish.optim import eight_bit
-from burnish.optim.rounding import round_by_chance
+from burnish.optim.update import Update, reference_update
 
-_SLICE = 2**20  # values that the reference works on at once, so that temporaries stay at a few MB
 _MOMENTS = {False: ("exp_avg", "exp_avg_sq"), True: ("state1", "state2", "absmax1", "absmax2")}
 """What the moments are called, in fp32 and in 8 bits."""
 
@@ -75,31 +74,6 @@ def restore_optimizer(
 def takes_kernel(tensor: Tensor) -> bool:
     """Whether a kernel updates this tensor."""
     return tensor.is_cuda and has_triton()
-
-
-class Update(NamedTuple):
-    """The numbers of one step, as the kernel takes them."""
-
-    kept: float
-    """What decay leaves of a weight: 1 - lr · weight_decay."""
-    size: float
-    """lr / (1 - beta1^t)."""
-    inverse_root: float
-    """1 / sqrt(1 - beta2^t)."""
-    eps: float
-    beta1: float
-    rest1: float
-    """1 - beta1."""
-    beta2: float
-    rest2: float
-
-    @classmethod
-    def at(cls, step: int, group: Mapping[str, Any]) -> "Update":
-        """Those of a step counted from 1."""
-        (beta1, beta2), lr = group["betas"], group["lr"]
-        root = (1 - beta2**step) ** 0.5
-        decay = 1 - lr * group["weight_decay"]
-        return cls(decay, lr / (1 - beta1**step), 1 / root, group["eps"], beta1, 1 - beta1, beta2, 1 - beta2)
 
 
 class _Place(NamedTuple):
@@ -277,55 +251,6 @@ class AdamW(torch.optim.Optimizer):
             blocks = eight_bit.num_blocks(parameter.numel())
             state[f"absmax{moment}"] = torch.zeros(blocks, dtype=torch.float32, device=parameter.device)
         return state
-
-
-def reference_update(
-    parameter: Tensor,
-    gradient: Tensor,
-    state: Mapping[str, Tensor],
-    update: Update,
-    scale: Tensor | None,
-    key: int,
-    counter: tuple[int, int],
-) -> None:
-    """One tensor's step in plain PyTorch, a slice at a time: what the kernel is held to, rounding by rounding."""
-    weights, gradients = parameter.view(-1), gradient.reshape(-1)
-    for start in range(0, weights.numel(), _SLICE):
-        part = slice(start, start + _SLICE)
-        grad = gradients[part].float()
-        grad = grad if scale is None else grad * scale
-        first, second = _moments(state, part)
-        first = first * update.beta1 + grad * update.rest1
-        second = second * update.beta2 + grad * grad * update.rest2
-        # By way of fp64: on the CPU the fp32 root is a unit off for one value in five, and other machines differ.
-        root = second.double().sqrt().float() * update.inverse_root + update.eps
-        weight = weights[part].float() * update.kept - first / root * update.size
-        rounded = round_by_chance(weight, key, counter, start) if weights.dtype == torch.bfloat16 else weight
-        weights[part].copy_(rounded)
-        _store(state, part, first, second)
-
-
-def _moments(state: Mapping[str, Tensor], part: slice) -> tuple[Tensor, Tensor]:
-    if "exp_avg" in state:
-        return state["exp_avg"].view(-1)[part], state["exp_avg_sq"].view(-1)[part]
-    device, blocks = state["state1"].device, slice(part.start // eight_bit.BLOCK, part.stop // eight_bit.BLOCK)
-    maps = eight_bit.signed_map(device), eight_bit.unsigned_map(device)
-    first, second = (
-        eight_bit.dequantise(state[f"state{i}"].view(-1)[part], state[f"absmax{i}"][blocks], levels)
-        for i, levels in enumerate(maps, 1)
-    )
-    return first, second
-
-
-def _store(state: Mapping[str, Tensor], part: slice, first: Tensor, second: Tensor) -> None:
-    if "exp_avg" in state:
-        state["exp_avg"].view(-1)[part] = first
-        state["exp_avg_sq"].view(-1)[part] = second
-        return
-    device, blocks = first.device, slice(part.start // eight_bit.BLOCK, part.stop // eight_bit.BLOCK)
-    maps = eight_bit.signed_map(device), eight_bit.unsigned_map(device)
-    for i, (values, levels) in enumerate(zip((first, second), maps, strict=True), 1):
-        state[f"state{i}"].view(-1)[part], state[f"absmax{i}"][blocks] = eight_bit.quantise(values, levels)
 
 
 def _is_split(tensor: Tensor) -> bool:
