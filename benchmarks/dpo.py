@@ -176,19 +176,17 @@ def serve(asked: Mapping[str, str]) -> None:
     meter, opened = Meter(WARM_UP, TIMED, mesh.device), None
     say({"versions": f"burnish {__version__} torch {torch.__version__}"})
     while (request := listen()) is not None:
-        learner, policy = opened = opened or open_policy(asked, request, mesh)
         batches = [collate_comparisons(units, request["prefix_sharing"]) for units in comparisons]
+        tokens = max(len(batch.tokens) for batch in batches)
+        learner, policy = opened = opened or open_policy(asked, request, tokens, mesh)
         steps(learner, policy, batches, request["reference"] == "cached", meter)
         say(meter.reading())
 
 
-def open_policy(asked: Mapping[str, str], setting: Mapping[str, Any], mesh: Mesh) -> tuple[Learner, Role]:
-    """The model of a setting, with its optimizer."""
+def open_policy(asked: Mapping[str, str], setting: Mapping[str, Any], tokens: int, mesh: Mesh) -> tuple[Learner, Role]:
+    """The model of a setting, for batches of at most so many tokens, with its optimizer."""
     optim = OptimSettings(lr=1e-4, schedule="constant", warmup=0)
-    pair = int(asked["prompt"]) + int(asked["answer"])
-    if setting["prefix_sharing"]:
-        pair -= int(asked["prompt"]) // 2
-    given = (setting["memory"], setting["fp8"], 2 * (pair + 1) * int(asked["pairs"]), optim)
+    given = (setting["memory"], setting["fp8"], tokens, optim)
     decoder, name = open_random(asked["shape"], asked["storage"], "lora", mesh, *given)
     learner = open_learner(decoder, name, optim, 10_000, mesh)
     return learner, Role(decoder, name)

@@ -1,7 +1,7 @@
 """The models of both peers, with their LoRA, as their own documents say for speed.
 
-`asked` names what is wanted: system, model (a folder), storage (nf4, bf16; `full...` trains every weight), length, rank,
-alpha, checkpointing, attention.
+`asked` names what is wanted: system, model (a folder), storage (nf4, bf16; `full...` trains every weight), length,
+rank, alpha, checkpointing, attention.
 """
 
 from typing import Any

@@ -7,11 +7,12 @@ import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from benchmarks import checkpoints, dpo, ppo, sft
+from benchmarks import chart, checkpoints, compare, dpo, page, ppo, sft
 from benchmarks.contest import Entry, contest, peers_missing, row_of
 from benchmarks.meter import Meter
 from benchmarks.models import ALPHA, RANK
@@ -50,7 +51,7 @@ while (request := listen()) is not None:
         ("storag=bf16", r"^storag=bf16 is not known: did you mean storage=\.\.\.\?$"),
         ("storage", r"^storage is not known: did you mean storage=\.\.\.\?$"),
         ("zzz=3", "^zzz=3 is not known: known are row, shape, storage, lengths, sequences, length, "),
-        ("storage=nf5", "^storage=nf5 is not known: write one of nf4, bf16, full$"),
+        ("storage=nf5", "^storage=nf5 is not known: write one of nf4, bf16, full16, full$"),
         ("row=qlorra", "^row=qlorra is not known: write one of qlora, qlora-8b, lora, ragged, full, small$"),
         ("shape=llama", "^shape=llama is not known: write one of llama-2-7b, llama-3.1-8b, qwen-2.5-0.5b, tiny$"),
         ("sides=fast,slow", "^sides=fast,slow is not known: write one or more of fast,lean$"),
@@ -274,7 +275,7 @@ def test_attention_of_packed_rows_is_that_of_rows_alone(monkeypatch: pytest.Monk
 def test_every_setting_of_dpo_can_be_measured(setting: dict[str, object], capsys) -> None:
     mesh, meter = Mesh(torch.device("cpu")), Meter(1, 2, torch.device("cpu"))
     asked = read(["shape=tiny"], dpo.WORDS, dpo.CHOICES, dpo.NUMBERS)
-    learner, policy = dpo.open_policy(asked, setting, mesh)
+    learner, policy = dpo.open_policy(asked, setting, 128, mesh)
     units = [dpo.random_comparisons(2, 16, 8, SHAPES["tiny"]["vocab_size"], seed) for seed in range(2)]
     batches = [collate_comparisons(pairs, bool(setting["prefix_sharing"])) for pairs in units]
     dpo.steps(learner, policy, batches, setting["reference"] == "cached", meter)
@@ -344,3 +345,112 @@ def test_a_reading_divides_updates_into_phases() -> None:
     reading = ppo.reading_of(steps, {"peak_memory_bytes": 2**31})
     assert (reading["seconds"], reading["first"], reading["allocated"]) == ([2.0, 2.5], 9.0, 2.0)
     assert ppo.shares([reading]) == "rollout=56% scoring=11% observing=11% update=22%"
+
+
+RECORDED = 24
+"""Rows of results.csv that tests hold on to; later ones come and go."""
+
+
+def rows_like(system: str, *changes: dict[str, str]) -> list[dict[str, str]]:
+    """The last of those rows with a system's DPO, changed in turn."""
+    rows = compare.read_rows(RESULTS)[:RECORDED]
+    recorded = [row for row in rows if (row["benchmark"], row["system"]) == ("dpo", system)]
+    return [{**recorded[-1], **change} for change in changes]
+
+
+def test_what_was_recorded_is_paired_by_its_work() -> None:
+    pairs = compare.pairs_of(compare.read_rows(RESULTS)[:RECORDED], [])
+    assert {(before["commit"], after["commit"]) for before, after in pairs} == {("8582b27", "29c39d7")}
+    assert len(pairs) == 4  # of DPO; the others were measured once
+    assert all(before["settings"] == after["settings"] for before, after in pairs)
+    lines = [line for pair in pairs for line in compare.moves(*pair)]
+    slower = "tokens_per_second 14340 -> 12491, -12.9 %: worse"
+    assert len([line for line in lines if line.endswith(slower)]) == 1
+    assert not [line for line in lines if "peak_allocated" in line]
+
+
+@pytest.mark.parametrize(
+    ("system", "change", "status", "said"),
+    [
+        ("burnish", {"tokens_per_second": "10000"}, 1, "-10.8 %: worse"),
+        ("burnish", {"peak_allocated_gib": "25.00"}, 1, "peak_allocated_gib 20.73 -> 25, +20.6 %: worse"),
+        ("burnish", {"tokens_per_second": "10700"}, 0, "nothing moved by more than 5 %"),
+        ("burnish", {"tokens_per_second": "20000"}, 0, ": better"),
+        ("burnish", {"compile_seconds": "99.0"}, 0, "compile_seconds 15.9 -> 99, +522.6 %: noted"),
+        ("unsloth", {"tokens_per_second": "100"}, 0, ": noted"),
+        ("burnish", {"device": "NVIDIA H100 80GB HBM3", "tokens_per_second": "1"}, 0, "0 rows compared"),
+    ],
+)
+def test_new_rows_are_held_against_the_last(tmp_path: Path, capsys, system, change, status, said) -> None:
+    with RESULTS.open(encoding="utf-8") as file:
+        (tmp_path / "recorded.csv").write_text("".join(itertools.islice(file, 1 + RECORDED)), encoding="utf-8")
+    elsewhere = {"device": change.get("device", "NVIDIA H200")}
+    for row in rows_like(system, {"tokens_per_second": "99999", **elsewhere}, change):  # the last of a work counts
+        write_row(row, tmp_path / "new.csv")
+    with pytest.raises(SystemExit) as stopped:
+        compare.main({"new": str(tmp_path / "new.csv"), "results": str(tmp_path / "recorded.csv")})
+    assert stopped.value.code == status
+    assert said in capsys.readouterr().out
+
+
+def test_kernels_are_compared_by_their_time() -> None:
+    row = dict.fromkeys(COLUMNS, "") | {"benchmark": "kernels", "system": "burnish", "settings": "name=nf4"}
+    (line,) = compare.moves({**row, "step_seconds": "0.000100"}, {**row, "step_seconds": "0.000110"})
+    assert line.endswith("step_seconds 0.0001 -> 0.00011, +10.0 %: worse")
+
+
+def test_the_page_is_made_from_the_results() -> None:
+    rows = compare.read_rows(RESULTS)
+    text = (page.DOCS / "performance.md").read_text(encoding="utf-8")
+    again = "docs/performance.md is older than results.csv: run python -m benchmarks.page"
+    assert page.filled(text, rows) == text, again
+    assert page.picture(rows) == (page.DOCS / "performance.svg").read_text(encoding="utf-8"), again
+
+
+def test_the_page_takes_the_last_run_beside_peers_and_compares_within_a_side() -> None:
+    ours, theirs = rows_like("burnish", {}), rows_like("unsloth", {})
+    work = {"benchmark": "sft", "shape": "llama-2-7b", "storage": "nf4", "checkpointing": ""}
+
+    def row(like: dict[str, str], side: str, speed: str, commit: str, **more: str) -> dict[str, str]:
+        told = f"side={side} memory=auto fp8=false lengths=fixed sequences=4 length=2048"
+        return {**like, **work, "settings": told, "tokens_per_second": speed, "commit": commit, **more}
+
+    rows = [
+        row(ours[0], "fast", "18000", "a"),
+        row(theirs[0], "fast", "15000", "a", checkpointing="False"),
+        row(theirs[0], "lean", "10000", "a", checkpointing="True"),
+        row(ours[0], "fast", "18600", "a"),  # measured again in that run
+        row(ours[0], "fast", "99999", "b"),  # alone: no ratio of one run
+    ]
+    ((found, run),) = page.runs(rows)
+    assert [one["tokens_per_second"] for one in run] == ["18600", "15000", "10000"]
+    lines = page.table(found, run)
+    assert lines[0] == "### QLoRA: llama-2-7b"
+    assert "18,600" in lines[6]
+    assert lines[6].endswith("| 1.24x Unsloth |")
+    assert [line.count("x Unsloth") for line in lines[7:]] == [0, 0]
+
+
+def test_the_picture_has_a_mark_for_each_row_and_the_limits_of_arithmetic() -> None:
+    bf16, fp8 = page.LIMITS
+    assert (round(bf16.speed, -2), round(fp8.speed, -2)) == (27_700, 45_800)
+    dots = [
+        chart.Dot("burnish", "memory=auto", 37.3, 18_000, False),
+        chart.Dot("unsloth", "kept", 37.4, 18_050, True),
+        chart.Dot("trl", "kept", 59.9, 9_000, True),
+    ]
+    svg = ElementTree.fromstring(chart.scatter(dots, page.LIMITS, "speed & memory"))
+    names = {"s": "http://www.w3.org/2000/svg"}
+    assert svg.findtext("s:title", namespaces=names) == "speed & memory"
+    marks = [
+        mark.findtext("s:title", namespaces=names)
+        for kind in ("circle", "rect")
+        for mark in svg.iterfind(f"s:{kind}", names)
+    ]
+    assert {mark for mark in marks if mark} == {"Burnish, memory=auto", "Unsloth, kept", "TRL, kept"}
+    places = {
+        text.text: (text.get("text-anchor"), float(text.get("y", "nan"))) for text in svg.iterfind("s:text", names)
+    }
+    assert places["kept"][0] == "end"  # no room on the right of the last
+    heights = [float(text.get("y")) for text in svg.iterfind("s:text", names) if text.text in ("memory=auto", "kept")]
+    assert abs(heights[0] - heights[1]) >= chart.LINE - 0.1  # labels of neighbours are not one over the other
