@@ -97,8 +97,8 @@ class _Bundle:
         self.places: list[_Place | None] = [None] * len(parameters)
 
 
-class _Due(NamedTuple):
-    """A launch that the next step makes."""
+class Launch(NamedTuple):
+    """A launch that the next step makes, its table on the device."""
 
     bundle: _Bundle
     step: int
@@ -107,6 +107,25 @@ class _Due(NamedTuple):
     """Of the tensors that have a gradient."""
     held: list[Tensor]
     """Contiguous copies of gradients that were not: they must live until the launch."""
+
+    def squares(self) -> Tensor:
+        """Sums of squares over parts of the gradient."""
+        from burnish.kernels import adam
+
+        return adam.squares(self.table)
+
+    def update(self, scale: Tensor | None, seed: int) -> None:
+        """Weights and moments after the step."""
+        from burnish.kernels import adam
+
+        device = self.bundle.parameters[0].device
+        scale = torch.ones((), device=device) if scale is None else scale
+        maps: list[Tensor] = []
+        if self.bundle.eight:
+            maps = [eight_bit.signed_map(device), eight_bit.unsigned_map(device)]
+            maps += [*eight_bit.search(device, True), *eight_bit.search(device, False)]
+        numbers = Update.at(self.step, self.bundle.group)
+        adam.update(self.table, scale, numbers, seed, self.step, maps, eight_bit.LOWEST)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -124,7 +143,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.seed = seed
         self._scale: Tensor | None = None
-        self._due: list[_Due] | None = None
+        self._launches: list[Launch] | None = None
         self._bundles: list[_Bundle] = []
         numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
         for group in self.param_groups:
@@ -143,7 +162,7 @@ class AdamW(torch.optim.Optimizer):
         The next step takes the gradient scaled down to a norm of `largest`. Between the two no gradient may change
         its place.
         """
-        sums = [_squares(due) for due in self._prepare()]
+        sums = [launch.squares() for launch in self.launches()]
         others = [p.grad for bundle in self._bundles if not bundle.kernel for p in bundle.parameters]
         sums += [torch.linalg.vector_norm(g, dtype=torch.float32).square().view(1) for g in others if g is not None]
         norm = torch.cat(sums).sum(dtype=torch.float64).sqrt().float()
@@ -166,21 +185,21 @@ class AdamW(torch.optim.Optimizer):
         """
         assert closure is None
         assert healthy is None or self.steps_unseen
-        due, scale = self._prepare(), self._scale
+        launches, scale = self.launches(), self._scale
         if healthy is not None:
             scale = torch.where(healthy, 1.0 if scale is None else scale, float("nan")).float()
-        for launch in due:
-            _launch(launch, scale, self.seed)
+        for launch in launches:
+            launch.update(scale, self.seed)
             for state in launch.states:
                 state["step"] += 1
         for bundle in self._bundles:
             if not bundle.kernel:
                 self._step_without_kernel(bundle, scale)
-        self._scale = self._due = None
+        self._scale = self._launches = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and with them what `clip` prepared."""
-        self._scale = self._due = None
+        self._scale = self._launches = None
         super().zero_grad(set_to_none)
 
     def forget_places(self) -> None:
@@ -188,10 +207,11 @@ class AdamW(torch.optim.Optimizer):
         for bundle in self._bundles:
             bundle.places = [None] * len(bundle.parameters)
 
-    def _prepare(self) -> list[_Due]:
-        if self._due is None:
-            self._due = [due for bundle in self._bundles if bundle.kernel for due in self._tables(bundle)]
-        return self._due
+    def launches(self) -> list[Launch]:
+        """The launches of the next step: the host's one pass over tensors that have a kernel."""
+        if self._launches is None:
+            self._launches = [one for bundle in self._bundles if bundle.kernel for one in self._tables(bundle)]
+        return self._launches
 
     def _step_without_kernel(self, bundle: _Bundle, scale: Tensor | None) -> None:
         for number, parameter in zip(bundle.numbers, bundle.parameters, strict=True):
@@ -202,7 +222,7 @@ class AdamW(torch.optim.Optimizer):
                 update, counter = Update.at(state["step"], bundle.group), (number, state["step"])
                 reference_update(_piece(parameter), _piece(parameter.grad), pieces, update, scale, self.seed, counter)
 
-    def _tables(self, bundle: _Bundle) -> Iterator[_Due]:
+    def _tables(self, bundle: _Bundle) -> Iterator[Launch]:
         """A launch for each count of steps that parameters have taken: one, unless gradients were missing before."""
         rows: list[tuple[int, ...]] = []
         states: dict[int, list[dict[str, Any]]] = {}
@@ -230,7 +250,7 @@ class AdamW(torch.optim.Optimizer):
             states.setdefault(step, []).append(place.state)
         for step in sorted(states):
             only = rows if len(set(steps)) == 1 else _only(rows, steps, step)
-            yield _Due(bundle, step, _table(bundle, only), states[step], held)
+            yield Launch(bundle, step, _table(bundle, only), states[step], held)
 
     def _place(self, parameter: nn.Parameter, weight: int, eight: bool) -> _Place:
         state = self._state_of(parameter, eight)
@@ -281,22 +301,3 @@ def _table(bundle: _Bundle, rows: list[tuple[int, ...]]) -> Any:
     aligned = not bool((addresses & 15).any())
     on_device = addresses.to(device, non_blocking=True)
     return adam.Table(on_device, *bundle.layout, half=bundle.half, aligned=aligned)
-
-
-def _squares(due: _Due) -> Tensor:
-    from burnish.kernels import adam
-
-    return adam.squares(due.table)
-
-
-def _launch(due: _Due, scale: Tensor | None, seed: int) -> None:
-    from burnish.kernels import adam
-
-    device = due.bundle.parameters[0].device
-    scale = torch.ones((), device=device) if scale is None else scale
-    maps: list[Tensor] = []
-    if due.bundle.eight:
-        maps = [eight_bit.signed_map(device), eight_bit.unsigned_map(device)]
-        maps += [*eight_bit.search(device, True), *eight_bit.search(device, False)]
-    numbers = Update.at(due.step, due.bundle.group)
-    adam.update(due.table, scale, numbers, seed, due.step, maps, eight_bit.LOWEST)
