@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.meter import device_name, here
 from benchmarks.rows import current_commit, write_row
@@ -30,6 +30,7 @@ from burnish.ops.gate import GateBackward, gate, gate_backward
 from burnish.ops.log_probs import read_rows
 from burnish.ops.outer import outer
 from burnish.ops.rope import Heads, rope, rope_backward
+from burnish.optim.adamw import AdamW, adamw
 
 WORDS = {"only": "", "results": "", "commit": "", "note": ""}
 """What can be asked for, and what is measured where it is not."""
@@ -278,6 +279,30 @@ def outer_cases(device: torch.device) -> Iterator[Case]:
         yield f"outer {TOKENS}x{width}x{rank}", rotated(outer, x_TN, z_TR), 2 * (x_TN.numel() + z_TR.numel())
 
 
+def adam_cases(device: torch.device) -> Iterator[Case]:
+    """The norm and the step of AdamW: over the LoRA of Llama-2-7B, 448 tensors, and over full weights."""
+    linears = [*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008)]
+    factors = [shape for out, inputs in linears for shape in ((16, inputs), (out, 16))] * 32
+    for title, shapes, dtype, kind in (
+        ("LoRA", factors, torch.float32, "adamw"),
+        ("full", WEIGHTS, torch.float32, "adamw"),
+        ("full16", WEIGHTS, torch.bfloat16, "adamw"),
+        ("full16", WEIGHTS, torch.bfloat16, "adamw8bit"),
+    ):
+        weights = {str(i): nn.Parameter(torch.zeros(shape, device=device).to(dtype)) for i, shape in enumerate(shapes)}
+        optimizer = adamw(weights, 1e-4, (0.9, 0.999), 1e-8, 0.0, kind)
+        assert isinstance(optimizer, AdamW)
+        for weight in weights.values():
+            weight.grad = torch.randn(weight.shape, device=device).to(dtype)
+        count, scale = sum(weight.numel() for weight in weights.values()), torch.ones((), device=device)
+        [launch] = optimizer.launches()
+        # Weights and states are read and written, gradients read.
+        moved = count * (3 * dtype.itemsize + (4 if kind == "adamw8bit" else 16))
+        yield f"{kind} {title}", partial(launch.update, scale, 0), moved
+        if kind == "adamw":
+            yield f"gradient norm {title}", launch.squares, count * dtype.itemsize
+
+
 def bf16_product(device: torch.device, outputs: int, inputs: int) -> Call:
     """x Wᵀ in bf16."""
     x_TK = torch.randn(TOKENS, inputs, device=device).bfloat16()
@@ -323,6 +348,7 @@ SECTIONS: tuple[Callable[[torch.device], Iterator[Case]], ...] = (
     head_cases,
     gate_cases,
     outer_cases,
+    adam_cases,
 )
 """One function for each file of kernels; add yours."""
 
