@@ -18,14 +18,22 @@ def quantise_rows(x_TK: Tensor, w_scale_K: Tensor | None) -> tuple[Tensor, Tenso
     num_rows, width = x_TK.shape
     values = torch.empty((num_rows, width), dtype=torch.float8_e4m3fn, device=x_TK.device)
     scale = torch.empty(num_rows, dtype=torch.float32, device=x_TK.device)
-    held = min(triton.next_power_of_2(width), _LONGEST)
+    held, rest = _powers(width) if width <= _LONGEST else (_LONGEST, 0)
     if values.numel():
         with _on(x_TK):
             _quantise_rows[(num_rows,)](
                 x_TK, w_scale_K, values, scale, width, x_TK.stride(0), WEIGHTED=w_scale_K is not None, HELD=held,
-                WHOLE=held >= width, num_warps=min(max(held // 1024, 1), 16),
+                REST=rest, WHOLE=held + rest >= width, num_warps=min(max(held // 1024, 1), 16),
             )  # fmt: skip
     return values, scale
+
+
+def _powers(width: int) -> tuple[int, int]:
+    """Two powers of two that hold so many values, or one and 0: 11,008 are 8,192 + 4,096, where one is 16,384."""
+    whole = triton.next_power_of_2(width)
+    if whole == width or width < 64:
+        return whole, 0
+    return whole // 2, triton.next_power_of_2(width - whole // 2)
 
 
 def dense_to_fp8(w_OI: Tensor, w_scale_O: Tensor, transposed: bool, made: Tensor) -> Tensor:
@@ -102,12 +110,16 @@ def reciprocal(w_scale, row, rows):
 @triton.jit
 def _quantise_rows(
     x, w_scale, values, scale, width, stride,
-    WEIGHTED: tl.constexpr, HELD: tl.constexpr, WHOLE: tl.constexpr,
+    WEIGHTED: tl.constexpr, HELD: tl.constexpr, REST: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, HELD)
     held = _weighted(x + row * stride, w_scale, column, width, WEIGHTED)
     amax = tl.max(tl.abs(held), axis=0)
+    if REST > 0:
+        more_column = HELD + tl.arange(0, REST)
+        more = _weighted(x + row * stride, w_scale, more_column, width, WEIGHTED)
+        amax = tl.maximum(amax, tl.max(tl.abs(more), axis=0))
     if not WHOLE:
         for first in range(HELD, width, HELD):
             rest = _weighted(x + row * stride, w_scale, first + column, width, WEIGHTED)
@@ -115,6 +127,8 @@ def _quantise_rows(
     divisor = row_scale(amax)
     factor = tl.div_rn(1.0, divisor)
     tl.store(values + row * width + column, (held * factor).to(tl.float8e4nv), mask=column < width)
+    if REST > 0:
+        tl.store(values + row * width + more_column, (more * factor).to(tl.float8e4nv), mask=more_column < width)
     if not WHOLE:
         for first in range(HELD, width, HELD):
             rest = _weighted(x + row * stride, w_scale, first + column, width, WEIGHTED)

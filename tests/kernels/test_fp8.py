@@ -28,7 +28,7 @@ def poisoned(shape: tuple[int, int], transposed: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("rows", "width"), [(1, 16), (17, 80), (3, 2064)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (17, 80), (2, 176), (2, 256), (3, 2064)])
 def test_rows_are_quantised_as_the_reference_does(rows: int, width: int, weighted: bool, dtype: torch.dtype) -> None:
     x = normal(rows, width, dtype=dtype) * 3
     x[0, 3] = 100
