@@ -1,8 +1,11 @@
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 """The residual addition and its norm: the twins of `ops.add_norm`.
 
-A program has 16 rows, the fewest that tensor cores take, and walks them in chunks of columns. What needs a statistic of
-the whole row walks them again, the other way round: what was touched last is still in the L2 cache.
+Forward, a program has 16 rows, the fewest that tensor cores take, and walks them in chunks of columns. What needs a
+statistic of the whole row walks them again, the other way round: what was touched last is still in the L2 cache.
+
+Backward, a program has one row, whole in registers, and reads and writes it once. The low-rank products are made
+before and after it: a row alone would read all of A and B, and 16 rows of three tensors fit into no cache.
 """
 
 from contextlib import nullcontext
@@ -28,9 +31,11 @@ class Launch(NamedTuple):
 
 
 FORWARD = Launch(rows=16, chunk=256, warps=8, stages=3)
-BACKWARD = Launch(rows=16, chunk=256, warps=8, stages=2)  # three big tensors and a low-rank matrix at a time
 # Two programs to a multiprocessor, by their shared memory and registers: one loads while the other waits at the end of
 # a pass, and what they read twice stays in the L2 cache, which more of them would overrun.
+PRODUCT = Launch(rows=32, chunk=256, warps=4, stages=4)
+_SPAN = 16
+"""Rows whose part of the gradient of the weight one program adds up."""
 
 
 def add_norm(
@@ -94,22 +99,40 @@ def add_norm_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dxa, dx8, scale of dx8, dweight)."""
     num_rows, width = x.shape
-    num_programs = triton.cdiv(num_rows, BACKWARD.rows)
+    span = _SPAN if wants_weight else 1
+    num_programs = triton.cdiv(num_rows, span)
     dx = torch.empty_like(x)
-    dxa = None if B is None else torch.empty((num_rows, B.shape[1]), dtype=x.dtype, device=x.device)
     dx8 = None if w_scale is None else torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scale = None if w_scale is None else torch.empty_like(rstd)
     # One row of sums for each program, added up in a fixed order below: no atomics.
     parts = torch.empty((num_programs, width), dtype=torch.float32, device=x.device) if wants_weight else None
-    assert all(part is None or part.is_contiguous() for part in (dh, x, rstd, dx_new, dha, A, ha, B, w_scale, weight))
+    assert all(part is None or part.is_contiguous() for part in (dh, x, rstd, dx_new, dha, A, B, w_scale, weight))
+    low = None if dha is None or A is None else dha @ A
+    block = _power_of_two(width)
     if num_rows:
         with _on(x):
             _add_norm_backward[(num_programs,)](
-                dh, x, rstd, dx_new, dha, A, ha, B, w_scale, weight, dx, dxa, dx8, scale, parts, num_rows, offset,
-                D=width, STREAM=dx_new is not None, FP8=w_scale is not None, WEIGHT=wants_weight,
-                **_sizes(BACKWARD, width, A, B),
+                dh, x, rstd, dx_new, low, w_scale, weight, dx, dx8, scale, parts, num_rows, offset,
+                D=width, STREAM=dx_new is not None, LOW=low is not None, FP8=w_scale is not None, WEIGHT=wants_weight,
+                SPAN=span, BLOCK=block, num_warps=max(1, min(block // 256, 16)),
             )  # fmt: skip
+    dxa = None if B is None else _times(dx, B)
     return dx, dxa, dx8, scale, None if parts is None else parts.sum(dim=0)
+
+
+def _times(x: Tensor, B: Tensor) -> Tensor:
+    """x B, for a B of few columns: x is read once, from its first row, which was written last."""
+    (num_rows, width), rank = x.shape, B.shape[1]
+    made = torch.empty((num_rows, rank), dtype=x.dtype, device=x.device)
+    padded = _power_of_two(rank)
+    chunk = min(_power_of_two(width), max(32, PRODUCT.chunk * 16 // padded))
+    if num_rows:
+        with _on(x):
+            _product[(triton.cdiv(num_rows, PRODUCT.rows),)](
+                x, B, made, num_rows, D=width, RANK=rank, PADDED=padded, ROWS=PRODUCT.rows, CHUNK=chunk,
+                STAGES=PRODUCT.stages, num_warps=PRODUCT.warps,
+            )  # fmt: skip
+    return made
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -192,82 +215,60 @@ def _norm_again(x, rstd, weight, h, scale, offset, D: tl.constexpr, FP8: tl.cons
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _add_norm_backward(
-    dh, x, rstd, dx_new, dha, A, ha, B, w_scale, weight, dx, dxa, dx8, scale, parts, num_rows, offset,
-    D: tl.constexpr, ADDED: tl.constexpr, READ: tl.constexpr, ADDED_PAD: tl.constexpr, READ_PAD: tl.constexpr,
-    STREAM: tl.constexpr, FP8: tl.constexpr, WEIGHT: tl.constexpr,
+    dh, x, rstd, dx_new, low, w_scale, weight, dx, dx8, scale, parts, num_rows, offset,
+    D: tl.constexpr, STREAM: tl.constexpr, LOW: tl.constexpr, FP8: tl.constexpr, WEIGHT: tl.constexpr,
+    SPAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # From the last row to the first: the end of `low`, just written, is still in the L2 cache.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    total = tl.zeros((BLOCK,), tl.float32)
+    for step in range(SPAN):
+        row = program.to(tl.int64) * SPAN + step
+        mask = inside & (row < num_rows)
+        place = row * D + column
+        g = tl.load(dh + place, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        unit = tl.load(x + place, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if LOW:
+            g += tl.load(low + place, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if STREAM:
+            came = tl.load(dx_new + place, mask=mask, other=0.0, eviction_policy="evict_first")
+        inverse_rms = tl.load(rstd + row, mask=row < num_rows, other=0.0)
+        unit *= inverse_rms
+        if WEIGHT:
+            total += g * unit
+        g *= _gain(weight, column, offset, D)
+        change = inverse_rms * (g - unit * (tl.sum(g * unit, axis=0) / D))
+        if STREAM:
+            change += came.to(tl.float32)
+        rounded = change.to(x.dtype.element_ty)
+        tl.store(dx + place, rounded, mask=mask)
+        if FP8:
+            wide = rounded.to(tl.float32) * tl.load(w_scale + column, mask=inside, other=0.0)
+            divisor = row_scale(tl.max(tl.abs(wide), axis=0))
+            tl.store(scale + row, divisor, mask=row < num_rows)
+            tl.store(dx8 + place, (wide * tl.div_rn(1.0, divisor)).to(tl.float8e4nv), mask=mask)
+    if WEIGHT:
+        tl.store(parts + program.to(tl.int64) * D + column, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _product(
+    x, B, made, num_rows,
+    D: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * ROWS  # only this needs 64 bits: places are counted from here
-    row = tl.arange(0, ROWS)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row, rank = tl.arange(0, ROWS), tl.arange(0, PADDED)
     real = first + row < num_rows
-    dtype: tl.constexpr = x.dtype.element_ty
-    inverse_rms = tl.load(rstd + first + row, mask=real, other=0.0)
-    # First the mean of g · gain · x̂ over each row. Its low-rank part is (dha A) · h = dha · (h Aᵀ) = dha · ha.
-    products = tl.zeros((ROWS, CHUNK), tl.float32)
+    product = tl.zeros((ROWS, PADDED), tl.float32)
     for start in tl.range(0, D, CHUNK, num_stages=STAGES):
         column = start + tl.arange(0, CHUNK)
-        mask = real[:, None] & (column < D)
-        place = row[:, None] * D + column
-        value = tl.load(x + first * D + place, mask=mask, other=0.0).to(tl.float32)
-        arrived = tl.load(dh + first * D + place, mask=mask, other=0.0).to(tl.float32)
-        products += arrived * _gain(weight, column, offset, D)[None, :] * value
-    mean = tl.sum(products, axis=1) * inverse_rms
-    if READ:
-        read = tl.arange(0, READ_PAD)
-        narrow = row[:, None] * READ + read
-        valid = real[:, None] & (read < READ)
-        low = tl.load(dha + first * READ + narrow, mask=valid, other=0.0)
-        kept = tl.load(ha + first * READ + narrow, mask=valid, other=0.0)
-        mean += tl.sum(low.to(tl.float32) * kept.to(tl.float32), axis=1)
-    mean /= D
-
-    # Then dx. Its product with B waits for the next pass: with two dots in one loop, the second of the first, Triton
-    # would have every warp compute all of both.
-    largest = tl.zeros((ROWS, CHUNK), tl.float32)
-    for back in tl.range(0, tl.cdiv(D, CHUNK), num_stages=STAGES):
-        column = (tl.cdiv(D, CHUNK) - 1 - back) * CHUNK + tl.arange(0, CHUNK)
-        mask = real[:, None] & (column < D)
-        place = row[:, None] * D + column
-        unit = tl.load(x + first * D + place, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        unit *= inverse_rms[:, None]
-        g = tl.load(dh + first * D + place, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        if READ:
-            g += tl.dot(low, _rows_of(A, read, column, READ, D), input_precision="ieee")
-        if WEIGHT:
-            tl.store(parts + tl.program_id(0).to(tl.int64) * D + column, tl.sum(g * unit, axis=0), mask=column < D)
-        change = inverse_rms[:, None] * (g * _gain(weight, column, offset, D)[None, :] - unit * mean[:, None])
-        if STREAM:
-            came = tl.load(dx_new + first * D + place, mask=mask, other=0.0, eviction_policy="evict_first")
-            change += came.to(tl.float32)
-        rounded = change.to(dtype)
-        tl.store(dx + first * D + place, rounded, mask=mask)
-        if FP8:
-            factor = tl.load(w_scale + column, mask=column < D, other=0.0)
-            largest = tl.maximum(largest, tl.abs(rounded.to(tl.float32) * factor[None, :]))
-
-    if FP8:
-        divisor = row_scale(tl.max(largest, axis=1))
-        tl.store(scale + first + row, divisor, mask=real)
-        inverse_scale = tl.div_rn(1.0, divisor)
-    if ADDED:
-        added = tl.arange(0, ADDED_PAD)
-        product = tl.zeros((ROWS, ADDED_PAD), tl.float32)
-    if FP8 or ADDED:
-        tl.debug_barrier()  # threads read below what others of the program have written above
-        for start in tl.range(0, D, CHUNK, num_stages=STAGES):
-            column = start + tl.arange(0, CHUNK)
-            mask = real[:, None] & (column < D)
-            place = row[:, None] * D + column
-            value = tl.load(dx + first * D + place, mask=mask, other=0.0)
-            if ADDED:
-                product = tl.dot(value, _columns_of(B, column, added, ADDED, D), product, input_precision="ieee")
-            if FP8:
-                factor = tl.load(w_scale + column, mask=column < D, other=0.0)
-                short = value.to(tl.float32) * factor[None, :] * inverse_scale[:, None]
-                tl.store(dx8 + first * D + place, short.to(tl.float8e4nv), mask=mask)
-    if ADDED:
-        valid = real[:, None] & (added < ADDED)
-        tl.store(dxa + first * ADDED + (row[:, None] * ADDED + added), product.to(dtype), mask=valid)
+        value = tl.load(x + first * D + (row[:, None] * D + column), mask=real[:, None] & (column < D), other=0.0)
+        product = tl.dot(value, _columns_of(B, column, rank, RANK, D), product, input_precision="ieee")
+    place = first * RANK + (row[:, None] * RANK + rank)
+    tl.store(made + place, product.to(made.dtype.element_ty), mask=real[:, None] & (rank < RANK))
 
 
 @triton.jit

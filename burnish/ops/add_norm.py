@@ -50,7 +50,7 @@ class NormBackward(NamedTuple):
     dha: Float[Tensor, "T R"] | None = None
     A: Float[Tensor, "R D"] | None = None
     ha: Float[Tensor, "T R"] | None = None
-    """`Normed.ha`, given wherever `dha` is: with it the mean over a row needs no product with A."""
+    """`Normed.ha`: with it the mean over a row is known without a product with A."""
     B: Float[Tensor, "D R"] | None = None
     w_scale: Float[Tensor, " D"] | None = None
     """One fp32 scale for each column: asks for the gradient in 8 bits too."""
@@ -112,7 +112,8 @@ def add_norm_backward(given: NormBackward, gain: Gain, wants_weight: bool) -> No
 
         dx = dx' + rstd · (g gain - x̂ · mean(g gain x̂)),   dxa = dx B,   dweight = Σ_t g x̂
 
-    dx is rounded once; dxa and the 8 bits are made of the rounded dx. The same numbers come out each time.
+    dha A is rounded, and then dx is; dxa and the 8 bits are made of the rounded dx. The same numbers come out each
+    time.
     """
     assert (given.dha is None) == (given.A is None) == (given.ha is None)
     if not _has_kernel(given.dh):
@@ -160,7 +161,7 @@ def reference_add_norm_backward(given: NormBackward, gain: Gain, wants_weight: b
     wide = _wide(given.dh)
     g_TD = given.dh.to(wide)
     if given.dha is not None and given.A is not None:
-        g_TD = g_TD + given.dha.to(wide) @ given.A.to(wide)
+        g_TD = g_TD + (given.dha.to(wide) @ given.A.to(wide)).to(given.dh.dtype)
     rstd_T1 = given.rstd.unsqueeze(1)
     unit_TD = given.x.to(wide) * rstd_T1
     gw_TD = g_TD * (gain.weight.to(wide) + gain.offset)
