@@ -38,7 +38,7 @@ gpu: $(VENV)/dev ## run the tests that need a CUDA device
 	$(BIN)/pytest tests/gpu
 
 .peers/venv/bin/python: benchmarks/peers/wheels.txt benchmarks/peers/device.txt
-	$(PYTHON) benchmarks/peers/fetch.py install .peers/venv
+	-$(PYTHON) benchmarks/peers/fetch.py install .peers/venv
 
 bench: $(VENV)/dev .peers/venv/bin/python ## measure on a CUDA device, beside Unsloth and TRL: every row of docs/performance.md
 	for row in qlora qlora-8b lora ragged full small; do $(BIN)/python -m benchmarks.sft row=$$row peers=.peers/venv seconds=1800 || exit 1; done

@@ -97,6 +97,8 @@ OURS = {
 
 def main(asked: Mapping[str, str]) -> None:
     """Measures side after side what is asked for; prints the rows and adds them to results.csv."""
+    if here().type == "cpu" and asked["shape"] != "tiny":
+        sys.exit("benchmarks/sft.py: it measures on a CUDA device, and there is none; shape=tiny tries it out on a CPU")
     clock = Clock(float(asked["seconds"]))
     model = Path(asked["scratch"]) / "model"
     with_peers = False

@@ -12,6 +12,7 @@ not read is left out, so that the whole packs to about 26 MB. On that machine:
 """
 
 import fnmatch
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -46,12 +47,17 @@ def main(folder: Path) -> None:
 
 
 def install(folder: Path) -> None:
-    """Makes the environment: what `wheels.txt` takes for granted, then the wheels themselves, as they ran together."""
+    """Makes the environment: what `wheels.txt` takes for granted, then the wheels themselves, as they ran together.
+
+    It is there whole or not at all.
+    """
     venv.create(folder, with_pip=True, clear=True)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "-r", str(DEVICE)], check=True)
-    subprocess.run([*pip, "--no-deps", "-r", str(WHEELS)], check=True)
-    subprocess.run([*pip, "--no-deps", "--target", str(folder / "trl112"), PPO], check=True)
+    steps = (["-r", str(DEVICE)], ["--no-deps", "-r", str(WHEELS)], ["--no-deps", "--target", f"{folder}/trl112", PPO])
+    for words in steps:
+        if subprocess.run([*pip, *words], check=False).returncode:
+            shutil.rmtree(folder)
+            sys.exit(f"{folder} could not be made: pip failed at {' '.join(words)}")
 
 
 def download(wanted: list[str], folder: Path) -> list[Path]:

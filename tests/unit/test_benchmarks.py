@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import chart, checkpoints, compare, dpo, page, ppo, sft
-from benchmarks.contest import Entry, contest, peers_missing, row_of
+from benchmarks.contest import Entry, contest, open_peer, peers_missing, row_of
 from benchmarks.meter import Meter
 from benchmarks.models import ALPHA, RANK
 from benchmarks.peers import dpo as peer_dpo
@@ -291,6 +291,23 @@ def test_peers_that_are_not_there_are_left_out_with_the_reason(tmp_path: Path) -
     assert reason == f"{tmp_path}/trl112/trl is not there: it is made by benchmarks/peers/fetch.py"
     (tmp_path / "site" / "trl").mkdir(parents=True)
     assert peers_missing(str(tmp_path)) is None
+
+
+def test_an_environment_of_the_peers_is_used_with_its_own_python(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    assert peers_missing(str(tmp_path)) is None
+    assert peers_missing(str(tmp_path), "trl112") is not None  # that one is a folder of its own
+    words = ["timeit", "-n", "1", "-r", "1", "import sys, benchmarks.turns as t; t.say({'python': sys.executable})"]
+    worker = open_peer(words, tmp_path, ["site"], tmp_path / "log.txt", tmp_path / "scratch")
+    assert worker.hear(30) == {"python": str(tmp_path / "bin" / "python")}
+    worker.close()
+
+
+def test_each_library_of_the_peers_has_one_version() -> None:
+    lines = [line for path in (fetch.WHEELS, fetch.DEVICE) for line in path.read_text().splitlines()]
+    names = [line.partition("==")[0] for line in lines if line and not line.startswith("#")]
+    assert len(set(names)) == len(names) > 40
 
 
 def test_what_a_cuda_13_machine_does_not_read_is_left_out() -> None:
