@@ -30,10 +30,10 @@ def quantise_rows(x_TK: Tensor, w_scale_K: Tensor | None) -> tuple[Tensor, Tenso
 
 def _powers(width: int) -> tuple[int, int]:
     """Two powers of two that hold so many values, or one and 0: 11,008 are 8,192 + 4,096, where one is 16,384."""
-    whole = triton.next_power_of_2(width)
+    whole = 1 << (width - 1).bit_length()
     if whole == width or width < 64:
         return whole, 0
-    return whole // 2, triton.next_power_of_2(width - whole // 2)
+    return whole // 2, 1 << (width - whole // 2 - 1).bit_length()
 
 
 def dense_to_fp8(w_OI: Tensor, w_scale_O: Tensor, transposed: bool, made: Tensor) -> Tensor:
