@@ -32,6 +32,7 @@ def with_lora(model: Decoder, targets: str | tuple[str, ...] = "all-linear") -> 
 
 def test_full_weights_are_all_trained_and_frozen_ones_are_not(folder: Path) -> None:
     assert all(p.requires_grad and p.dtype == torch.float32 for p in load_model(folder, "full").parameters())
+    assert all(p.requires_grad and p.dtype == torch.bfloat16 for p in load_model(folder, "full16").parameters())
     for storage in ("bf16", "fp32", "nf4"):
         assert not any(p.requires_grad for p in load_model(folder, storage).parameters())
 
