@@ -33,6 +33,7 @@ def test_the_written_config_reads_back_to_the_same_settings():
         ([], "bf16", "lora", 2e-4),
         (["model.storage=full"], "full", "none", 2e-5),
         (["adapter.kind=none"], "full", "none", 2e-5),
+        (["model.storage=full16"], "full16", "none", 2e-5),
         (["model.storage=nf4"], "nf4", "lora", 2e-4),
         (["adapter.kind=dora", "optim.lr=1"], "bf16", "dora", 1.0),
     ],
