@@ -1,6 +1,7 @@
 """From settings to the parts of a run: the model with its adapter laid over the devices, and the learner."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -190,7 +191,9 @@ def saved_dtype(settings: TrainingSettings) -> torch.dtype:
 
 def open_learner(decoder: Decoder, adapter: str | None, optim: OptimSettings, steps: int, mesh: Mesh) -> Learner:
     """A learner over the adapter's weights, or over all weights when there is no adapter."""
-    return learner_of(trained_parameters(decoder, adapter), optim, steps, mesh)
+    learner = learner_of(trained_parameters(decoder, adapter), optim, steps, mesh)
+    learner.updated = partial(decoder.prepare, adapter)
+    return learner
 
 
 def learner_of(parameters: dict[str, nn.Parameter], optim: OptimSettings, steps: int, mesh: Mesh) -> Learner:

@@ -38,6 +38,8 @@ class Learner:
     """The largest norm of the whole gradient; 0 leaves it alone."""
     mesh: Mesh
     steps_taken: int = 0
+    updated: Callable[[], None] | None = None
+    """Called when a step has changed the weights, where possible before the host waits for the device."""
 
     def step(self, microbatches: Sequence[B], objective: Objective[B], count: Callable[[B], float]) -> dict[str, float]:
         """One optimizer step; every metric as its sum over micro-batches and ranks, divided by the count over both.
@@ -67,16 +69,22 @@ class Learner:
         unseen = self._unseen()
         if unseen is not None:  # the device goes on with the update while the host still waits for what led to it
             unseen.step(healthy=(results[0] + results[-1]).isfinite())  # loss and norm
+            self._tell()
         *values, norm = results.tolist()  # the step's one wait for the device
         metrics_out = dict(zip(sums, values, strict=True)) | {"grad_norm": norm}
         self._refuse_non_finite(metrics_out, microbatches)
         if unseen is None:
             self.optimizer.step()
-        # Optimizers in one launch do not say so themselves, and copies of the weights (`model/factors.py`) go by it.
-        torch.autograd.graph.increment_version(list(self.parameters.values()))
+            self._tell()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_taken += 1
         return metrics_out | {"learning_rate": rate, "tokens": tokens}
+
+    def _tell(self) -> None:
+        # Optimizers in one launch do not say so themselves, and copies of the weights (`model/factors.py`) go by it.
+        torch.autograd.graph.increment_version(list(self.parameters.values()))
+        if self.updated is not None:
+            self.updated()
 
     def _over_ranks(self, counts: list[float]) -> list[float]:
         if self.mesh.world == 1:

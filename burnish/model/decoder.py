@@ -156,6 +156,11 @@ class Decoder(nn.Module):
             self.fused = FusedBlocks(blocks, self.model.norm, self.config, fp8)
         return self.fused is not None
 
+    def prepare(self, adapter: str | None) -> None:
+        """Make ready what the next pass with this adapter would make ready first: for when weights have changed."""
+        if self.fused is not None and self.fused.takes(adapter, self.training):
+            self.fused.prepare(adapter, self.dtype)
+
     def _run(self, tokens_T: Tensor, given: Pass, adapter: str | None) -> Tensor:
         hidden_TD = self.model.embed_tokens(tokens_T, self.dtype)
         if self.fused is not None and given.cache is None and self.fused.takes(adapter, self.training):

@@ -4,6 +4,7 @@ Ranks are padded with zeros to one multiple of 16 for the whole model, which is 
 made anew when the factors have changed, so once a step.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
@@ -29,51 +30,61 @@ class Pair(NamedTuple):
     """The same B, layer by layer."""
 
 
+class Slots:
+    """Where the layers of joint layers keep their adapters: found once, looked into before each pass."""
+
+    def __init__(self, joints: Sequence[Joint]) -> None:
+        self._by_name = [layer.adapters._modules for joint in joints for layer in joint.layers]  # pyright: ignore[reportPrivateUsage]
+
+    def of(self, name: str | None) -> list[nn.Module | None]:
+        """The adapter of that name in each layer; None where there is none."""
+        return [by_name.get(name) for by_name in self._by_name] if name is not None else [None] * len(self._by_name)
+
+
 class Factors:
     """The working copies of one adapter's factors, for joint layers in the order of the model."""
 
-    def __init__(self, joints: Sequence[Joint], name: str, dtype: torch.dtype) -> None:
-        self.name, self.dtype = name, dtype
-        self.joints = list(joints)
-        self.loras = [[_lora(layer.adapters, name) for layer in joint.layers] for joint in joints]
-        present = [lora for loras in self.loras for lora in loras if lora is not None]
+    def __init__(self, joints: Sequence[Joint], adapters: Sequence[nn.Module | None], name: str, dtype: torch.dtype):
+        self.name, self.dtype, self.adapters = name, dtype, list(adapters)
+        present = [cast(LoRA, adapter) for adapter in adapters if adapter is not None]
         self.rank = -(-max(lora.rank for lora in present) // 16) * 16
         self.parameters = [parameter for lora in present for parameter in (lora.A, lora.B)]
         self.scales = [lora.scale for lora in present]
         self._seen: list[tuple[int, int]] = []
         self._A: list[Tensor] = []
         self._B: list[Tensor] = []
-        self.pairs = [self._allocate(joint, loras, dtype) for joint, loras in zip(joints, self.loras, strict=True)]
-
-    def serves(self, dtype: torch.dtype) -> bool:
-        """Whether these are copies of the factors that the layers have now, in this dtype."""
-        now = [_lora(layer.adapters, self.name) for joint in self.joints for layer in joint.layers]
-        then = [lora for loras in self.loras for lora in loras]
-        return dtype == self.dtype and all(one is other for one, other in zip(now, then, strict=True))
+        # All copies of B in one tensor, so that one launch multiplies them with s.
+        rows = sum(joint.shape[0] for joint in joints)
+        self._all_B = torch.zeros(rows, self.rank, dtype=dtype, device=self.parameters[0].device)
+        loras = iter(self.adapters)
+        self.pairs = [
+            self._pair(joint, B, [cast(LoRA | None, next(loras)) for _ in joint.layers])
+            for joint, B in zip(joints, self._all_B.split([joint.shape[0] for joint in joints]), strict=True)
+        ]
 
     def refresh(self) -> None:
         """Make the copies equal to the factors, where these have changed."""
         seen = [(parameter.data_ptr(), parameter._version) for parameter in self.parameters]
         if seen == self._seen:
             return
+        A: list[Tensor] = [*self.parameters[0::2]]
+        B: list[Tensor] = [*self.parameters[1::2]]
         with torch.no_grad():
-            _copy_all(self._A, list(self.parameters[0::2]))
-            _copy_all(self._B, _multiply_all(list(self.parameters[1::2]), self.scales))
+            if len(set(self.scales)) == 1 and math.frexp(self.scales[0])[0] == 0.5:  # a power of two rounds nothing
+                _copy_all(self._A + self._B, A + B)
+                self._all_B.mul_(self.scales[0])
+            else:
+                _copy_all(self._A, A)
+                _copy_all(self._B, _multiply_all(B, self.scales))
         self._seen = seen
 
-    def _allocate(self, joint: Joint, loras: Sequence[LoRA | None], dtype: torch.dtype) -> Pair | None:
+    def _pair(self, joint: Joint, B: Tensor, loras: Sequence[LoRA | None]) -> Pair | None:
         if not any(loras):
             return None
-        rank, device = self.rank, self.parameters[0].device
-        A = torch.zeros(len(loras) * rank, joint.shape[1], dtype=dtype, device=device)
-        B = torch.zeros(joint.shape[0], rank, dtype=dtype, device=device)
+        A = torch.zeros(len(loras) * self.rank, joint.shape[1], dtype=B.dtype, device=B.device)
         Bs = B.split(joint.widths)
         for place, lora in enumerate(loras):
             if lora is not None:
-                self._A.append(A[place * rank : place * rank + lora.rank])
+                self._A.append(A[place * self.rank : place * self.rank + lora.rank])
                 self._B.append(Bs[place][:, : lora.rank])
         return Pair(A, B, Bs)
-
-
-def _lora(adapters: nn.ModuleDict, name: str) -> LoRA | None:
-    return cast(LoRA, adapters[name]) if name in adapters else None

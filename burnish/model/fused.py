@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from burnish.model.adapters import LoRA
 from burnish.model.blocks import Block, Norm, Pass
-from burnish.model.factors import Factors
+from burnish.model.factors import Factors, Slots
 from burnish.model.families import DecoderConfig
 from burnish.model.fused_pass import FusedPass, Parts, Trunk, joints_of
 from burnish.model.joint import Joint, lay_side_by_side
@@ -32,30 +32,43 @@ class FusedBlocks:
     def __init__(self, blocks: Sequence[Block], last: Norm, config: DecoderConfig, fp8: bool) -> None:
         self.trunk = Trunk([_parts(block) for block in blocks], last, config, fp8)
         self.host = HostMemory(last.weight.device)
+        self._joints = [joint for part in self.trunk.parts for joint in joints_of(part).values()]
+        self._slots = Slots(self._joints)
+        self._own = _own_parameters(self.trunk)
         self._factors: dict[str, Factors] = {}
 
     def takes(self, adapter: str | None, training: bool) -> bool:
         """Whether the model with this adapter is one that can be run by hand: LoRA without dropout, or none."""
-        for part in self.trunk.parts:
-            for joint in joints_of(part).values():
-                for layer in joint.layers:
-                    chosen = layer.adapters[adapter] if adapter is not None and adapter in layer.adapters else None
-                    if chosen is not None and (not isinstance(chosen, LoRA) or (chosen.dropout > 0 and training)):
-                        return False
-        return True
+        present = [chosen for chosen in self._slots.of(adapter) if chosen is not None]
+        return all(isinstance(chosen, LoRA) and not (training and chosen.dropout) for chosen in present)
 
     @torch.compiler.disable  # pyright: ignore[reportUntypedFunctionDecorator]
     def __call__(
         self, x_TD: Float[Tensor, "T D"], given: Pass, adapter: str | None, plan: Plan
     ) -> Float[Tensor, "T D"]:
         """The stream after all blocks and the last norm, differentiable in x, factors and trained weights."""
-        factors = self._working(adapter, x_TD.dtype)
+        factors = self.prepare(adapter, x_TD.dtype)
         run = FusedPass(self.trunk, given, factors, x_TD.dtype)
-        parameters = _trained(self.trunk, factors)
+        candidates = self._own if factors is None else [*factors.parameters, *self._own]
+        parameters = [parameter for parameter in candidates if parameter.requires_grad]
         if torch.is_grad_enabled() and (x_TD.requires_grad or parameters):
             run.shelf = Shelf(plan, self.host)
             return cast(Tensor, _Blocks.apply(run, x_TD, *parameters))
         return run.forward(x_TD)
+
+    def prepare(self, adapter: str | None, dtype: torch.dtype) -> Factors | None:
+        """The factors as they are multiplied with, made anew where they have changed; None where there are none.
+
+        The next pass asks for them in any case. After an optimizer step they cost nothing, while the device is busy.
+        """
+        present = self._slots.of(adapter)
+        if adapter is None or not any(present):
+            return None
+        held = self._factors.get(adapter)
+        if held is None or held.dtype != dtype or held.adapters != present:
+            held = self._factors[adapter] = Factors(self._joints, present, adapter, dtype)
+        held.refresh()
+        return held
 
     def hold_decoded(self, num_blocks: int) -> None:
         """Keep the weights of the first so many blocks as they are multiplied with; they must be frozen."""
@@ -65,19 +78,8 @@ class FusedBlocks:
 
     def release(self) -> None:
         """Give back what is only held to save time: it is made again when it is needed."""
-        for part in self.trunk.parts:
-            for joint in joints_of(part).values():
-                joint.release()
-
-    def _working(self, adapter: str | None, dtype: torch.dtype) -> Factors | None:
-        joints = [joint for part in self.trunk.parts for joint in joints_of(part).values()]
-        if adapter is None or not any(adapter in layer.adapters for joint in joints for layer in joint.layers):
-            return None
-        held = self._factors.get(adapter)
-        if held is None or not held.serves(dtype):
-            held = self._factors[adapter] = Factors(joints, adapter, dtype)
-        held.refresh()
-        return held
+        for joint in self._joints:
+            joint.release()
 
 
 class _Blocks(torch.autograd.Function):
@@ -118,12 +120,12 @@ def _parts(block: Block) -> Parts:
     return Parts(block, norms, Joint(qkv), Joint([attention.o_proj]), Joint(gate_up), Joint([mlp.down_proj]))
 
 
-def _trained(trunk: Trunk, factors: Factors | None) -> list[nn.Parameter]:
-    """Every parameter of the blocks that gets a gradient."""
-    found: list[nn.Parameter] = [] if factors is None else list(factors.parameters)
+def _own_parameters(trunk: Trunk) -> list[nn.Parameter]:
+    """The parameters of the blocks and the last norm, whether they are trained or not; no adapter's."""
+    found: list[nn.Parameter] = []
     for part in trunk.parts:
         for joint in joints_of(part).values():
             found += [weight for weight in joint.weights if weight is not None]
             found += [layer.bias for layer in joint.layers if layer.bias is not None]
         found += [norm.weight for norm in part.norms]
-    return [parameter for parameter in (*found, trunk.last.weight) if parameter.requires_grad]
+    return [*found, trunk.last.weight]
