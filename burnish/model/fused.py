@@ -42,7 +42,6 @@ class FusedBlocks:
         present = [chosen for chosen in self._slots.of(adapter) if chosen is not None]
         return all(isinstance(chosen, LoRA) and not (training and chosen.dropout) for chosen in present)
 
-    @torch.compiler.disable  # pyright: ignore[reportUntypedFunctionDecorator]
     def __call__(
         self, x_TD: Float[Tensor, "T D"], given: Pass, adapter: str | None, plan: Plan
     ) -> Float[Tensor, "T D"]:
@@ -80,6 +79,10 @@ class FusedBlocks:
         """Give back what is only held to save time: it is made again when it is needed."""
         for joint in self._joints:
             joint.release()
+
+
+# A compiler would find nothing to improve in it, and what it keeps is not for a graph.
+FusedBlocks.__call__ = torch.compiler.disable(FusedBlocks.__call__)
 
 
 class _Blocks(torch.autograd.Function):
