@@ -13,8 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 _ROWS, _HEADS = 32, 8  # forward: heads to a program, enough programs to keep memory busy, few readings of the table
-_ROWS_BACK = 16  # the fewest that tensor cores take: a second pass over long rows finds more of them in the L2 cache
-_CHUNK = 256  # columns at a time of the second pass
+_HEADS_BACK = 16  # backward: few products to add up
+_TILE_BACK = (
+    64 * 128
+)  # numbers of a head's tile, 64 rows where a head has 128 channels: one in registers, two under way
 
 
 def rope(
@@ -45,30 +47,33 @@ def rope_backward(
     dv: Tensor,
     table: tuple[Tensor, Tensor],
     Bs: tuple[Tensor, Tensor, Tensor] | None,
-    w_scale: Tensor | None,
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-    """(dqkv, dxa where there is LoRA, (values, scales) in 8 bits where `w_scale` is given)."""
+) -> tuple[Tensor, Tensor | None]:
+    """(dqkv, dxa where there is LoRA)."""
     (num_rows, num_q, width), num_k = dq.shape, dk.shape[1]
     sizes = _sizes(width, table, Bs)
+    rank, tile = sizes["RANK"], 2 * sizes["HALF_PAD"] + sizes["REST_PAD"]
     dqkv = torch.empty((num_rows, (num_q + 2 * num_k) * width), dtype=dq.dtype, device=dq.device)
-    dxa = None if Bs is None else torch.empty((num_rows, 3 * sizes["RANK"]), dtype=dq.dtype, device=dq.device)
-    values = scales = None
-    if w_scale is not None:
-        values = torch.empty(dqkv.shape, dtype=torch.float8_e4m3fn, device=dq.device)
-        scales = torch.empty(num_rows, dtype=torch.float32, device=dq.device)
+    dxa = None if Bs is None else torch.empty((num_rows, 3 * rank), dtype=dq.dtype, device=dq.device)
     assert all(d.stride(2) == 1 for d in (dq, dk, dv))
-    assert all(part is None or part.is_contiguous() for part in (w_scale, *table, *(Bs or ())))
+    assert all(part is None or part.is_contiguous() for part in (*table, *(Bs or ())))
+    groups_q, groups_k = -(-num_q // _HEADS_BACK), -(-num_k // _HEADS_BACK)
+    groups, products = groups_q + 2 * groups_k, dxa
+    if dxa is not None and groups > 3:
+        products = torch.empty((num_rows, groups, rank), dtype=torch.float32, device=dq.device)
     if num_rows:
-        # The largest magnitude of a row is that of all three parts: one program then has all of it.
-        grid = (triton.cdiv(num_rows, _ROWS_BACK), 3 if w_scale is None else 1)
+        rows = max(16, min(_TILE_BACK // tile, 64))
         with _on(dq):
-            _rope_backward[grid](
-                dq, dk, dv, *table, *(Bs or (None, None, None)), w_scale, dqkv, dxa, values, scales, num_rows,
+            _rope_backward[(triton.cdiv(num_rows, rows), groups)](
+                dq, dk, dv, *table, *(Bs or (None, None, None)), dqkv, products, num_rows,
                 *dq.stride()[:2], *dk.stride()[:2], *dv.stride()[:2],
-                NUM_Q=num_q, NUM_K=num_k, **sizes, FP8=w_scale is not None,
-                ROWS=_ROWS_BACK, CHUNK=_CHUNK, STAGES=3 if sizes["RANK_PAD"] <= 64 else 1, num_warps=4,
+                NUM_Q=num_q, NUM_K=num_k, **sizes, ROWS=1 << rows.bit_length() - 1, HEADS=_HEADS_BACK,
+                STAGES=3 if sizes["RANK_PAD"] <= 64 else 1, num_warps=8,
             )  # fmt: skip
-    return dqkv, dxa, None if values is None or scales is None else (values, scales)
+            if dxa is not None and groups > 3:
+                _add_products[(triton.cdiv(dxa.numel(), 1024),)](
+                    products, dxa, dxa.numel(), GROUPS_Q=groups_q, GROUPS_K=groups_k, RANK=rank, SIZE=1024, num_warps=4
+                )
+    return dqkv, dxa
 
 
 def _sizes(width: int, table: tuple[Tensor, Tensor], Bs: tuple[Tensor, Tensor, Tensor] | None) -> dict[str, int]:
@@ -136,99 +141,85 @@ def _rope(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _rope_backward(
-    dq, dk, dv, cos_table, sin_table, b_q, b_k, b_v, w_scale, dqkv, dxa, values, scales, num_rows,
+    dq, dk, dv, cos_table, sin_table, b_q, b_k, b_v, dqkv, products, num_rows,
     q_token, q_head, k_token, k_head, v_token, v_head,
     NUM_Q: tl.constexpr, NUM_K: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
     RANK: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, RANK_PAD: tl.constexpr,
-    FP8: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """A group of heads, all of queries, keys or values: what LoRA wants of a group is its own product."""
+    GROUPS_Q: tl.constexpr = (NUM_Q + HEADS - 1) // HEADS
+    GROUPS_K: tl.constexpr = (NUM_K + HEADS - 1) // HEADS
+    GROUPS: tl.constexpr = GROUPS_Q + 2 * GROUPS_K
     N: tl.constexpr = (NUM_Q + 2 * NUM_K) * WIDTH
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(1)
+    part, begin, count, skipped = 0, group * HEADS, NUM_Q, 0
+    given, token_stride, head_stride = dq, q_token, q_head
+    if group >= GROUPS_Q:
+        part, begin, count, skipped = 1, (group - GROUPS_Q) * HEADS, NUM_K, NUM_Q
+        given, token_stride, head_stride = dk, k_token, k_head
+    if group >= GROUPS_Q + GROUPS_K:
+        part, begin, count, skipped = 2, (group - GROUPS_Q - GROUPS_K) * HEADS, NUM_K, NUM_Q + NUM_K
+        given, token_stride, head_stride = dv, v_token, v_head
     pair = tl.arange(0, HALF_PAD)
-    cos = _tile(cos_table, row, HALF, pair, HALF, num_rows)
-    sin = _tile(sin_table, row, HALF, pair, HALF, num_rows)
-    amax = tl.zeros([ROWS], tl.float32)
-    if FP8 or tl.program_id(1) == 0:
-        amax = _part_back(
-            dq, q_token, q_head, b_q, cos, sin, w_scale, dqkv, dxa, amax, row, num_rows, 0, 0, NUM_Q, True, N,
-            WIDTH, HALF, REST, RANK, HALF_PAD, REST_PAD, RANK_PAD, FP8, ROWS, STAGES,
-        )  # fmt: skip
-    if FP8 or tl.program_id(1) == 1:
-        amax = _part_back(
-            dk, k_token, k_head, b_k, cos, sin, w_scale, dqkv, dxa, amax, row, num_rows, 1, NUM_Q, NUM_K, True, N,
-            WIDTH, HALF, REST, RANK, HALF_PAD, REST_PAD, RANK_PAD, FP8, ROWS, STAGES,
-        )  # fmt: skip
-    if FP8 or tl.program_id(1) == 2:
-        amax = _part_back(
-            dv, v_token, v_head, b_v, cos, sin, w_scale, dqkv, dxa, amax, row, num_rows, 2, NUM_Q + NUM_K, NUM_K,
-            False, N, WIDTH, HALF, REST, RANK, HALF_PAD, REST_PAD, RANK_PAD, FP8, ROWS, STAGES,
-        )  # fmt: skip
-    if FP8:
-        scale = amax / 448.0
-        scale = tl.where(scale == 0, 1.0, scale)
-        tl.store(scales + row, scale, mask=row < num_rows)
-        tl.debug_barrier()  # what follows was written by other threads of this program
-        # Backwards: what was written last is still in the L2 cache.
-        for number in range(tl.cdiv(N, CHUNK)):
-            column = (tl.cdiv(N, CHUNK) - 1 - number) * CHUNK + tl.arange(0, CHUNK)
-            mask = (row < num_rows)[:, None] & (column < N)[None, :]
-            at = row[:, None] * N + column[None, :]
-            x = tl.load(dqkv + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-            x = x * tl.load(w_scale + column, mask=column < N, other=0.0)[None, :] / scale[:, None]
-            tl.store(values + at, x.to(tl.float8e4nv), mask=mask)
+    cos = tl.where(part < 2, _tile(cos_table, row, HALF, pair, HALF, num_rows), 1.0)
+    sin = tl.where(part < 2, _tile(sin_table, row, HALF, pair, HALF, num_rows), 0.0)
+    mask = (row < num_rows)[:, None] & (pair < HALF)[None, :]
+    source = given + row[:, None] * token_stride + pair[None, :]
+    place = dqkv + row[:, None] * N + skipped * WIDTH + pair[None, :]
+    dtype = dqkv.dtype.element_ty
+    if REST > 0:
+        still = tl.arange(0, REST_PAD)
+        still_mask = (row < num_rows)[:, None] & (still < REST)[None, :]
+        still_source = given + row[:, None] * token_stride + 2 * HALF + still[None, :]
+        still_place = dqkv + row[:, None] * N + skipped * WIDTH + 2 * HALF + still[None, :]
+    if RANK > 0:
+        low = tl.zeros([ROWS, RANK_PAD], tl.float32)
+        B = b_q
+        if part == 1:
+            B = b_k
+        if part == 2:
+            B = b_v
+    for head in tl.range(begin, tl.minimum(begin + HEADS, count), num_stages=STAGES):
+        here = source + head * head_stride
+        first = tl.load(here, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        second = tl.load(here + HALF, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        turned = (first * cos + second * sin).to(dtype)
+        second = (second * cos - first * sin).to(dtype)
+        tl.store(place + head * WIDTH, turned, mask=mask)
+        tl.store(place + head * WIDTH + HALF, second, mask=mask)
+        if RANK > 0:
+            weight = B + head * WIDTH * RANK
+            low = _press(turned, weight, pair, HALF, RANK, RANK_PAD, low)
+            low = _press(second, weight + HALF * RANK, pair, HALF, RANK, RANK_PAD, low)
+        if REST > 0:
+            x = tl.load(still_source + head * head_stride, mask=still_mask, other=0.0, eviction_policy="evict_first")
+            tl.store(still_place + head * WIDTH, x, mask=still_mask)
+            if RANK > 0:
+                low = _press(x, weight + 2 * HALF * RANK, still, REST, RANK, RANK_PAD, low)
+    if RANK > 0:
+        rank = tl.arange(0, RANK_PAD)
+        exists = (row < num_rows)[:, None] & (rank < RANK)[None, :]
+        place = products + row[:, None] * (GROUPS * RANK) + group * RANK + rank[None, :]
+        tl.store(place, low.to(products.dtype.element_ty), mask=exists)
 
 
 @triton.jit
-def _part_back(
-    given, token_stride, head_stride, B, cos, sin, w_scale, dqkv, dxa, amax, row, num_rows,
-    PART: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, TURNS: tl.constexpr, N: tl.constexpr,
-    WIDTH: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, RANK: tl.constexpr,
-    HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, RANK_PAD: tl.constexpr,
-    FP8: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Queries, keys or values; the largest magnitude of each row so far comes back."""
-    pair = tl.arange(0, HALF_PAD)
-    mask = (row < num_rows)[:, None] & (pair < HALF)[None, :]
-    dtype = dqkv.dtype.element_ty
-    largest = tl.zeros([ROWS, HALF_PAD], tl.float32)  # reduced once, at the end
-    if RANK > 0:
-        low = tl.zeros([ROWS, RANK_PAD], tl.float32)
-    for head in tl.range(0, COUNT, num_stages=STAGES):
-        source = given + row[:, None] * token_stride + head * head_stride + pair[None, :]
-        first = tl.load(source, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        second = tl.load(source + HALF, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        if TURNS:
-            turned = first * cos + second * sin
-            second = second * cos - first * sin
-            first = turned
-        first, second = first.to(dtype), second.to(dtype)
-        column = (FIRST + head) * WIDTH + pair
-        place = dqkv + row[:, None] * N + column[None, :]
-        tl.store(place, first, mask=mask)
-        tl.store(place + HALF, second, mask=mask)
-        if RANK > 0:
-            weight = B + head * WIDTH * RANK
-            low = _press(first, weight, pair, HALF, RANK, RANK_PAD, low)
-            low = _press(second, weight + HALF * RANK, pair, HALF, RANK, RANK_PAD, low)
-        if FP8:
-            largest = tl.maximum(largest, _magnitude(first, w_scale + column, pair, HALF))
-            largest = tl.maximum(largest, _magnitude(second, w_scale + column + HALF, pair, HALF))
-        if REST > 0:
-            still = tl.arange(0, REST_PAD)
-            still_mask = (row < num_rows)[:, None] & (still < REST)[None, :]
-            source = given + row[:, None] * token_stride + head * head_stride + 2 * HALF + still[None, :]
-            x = tl.load(source, mask=still_mask, other=0.0, eviction_policy="evict_first")
-            still_column = (FIRST + head) * WIDTH + 2 * HALF + still
-            tl.store(dqkv + row[:, None] * N + still_column[None, :], x, mask=still_mask)
-            if RANK > 0:
-                low = _press(x, weight + 2 * HALF * RANK, still, REST, RANK, RANK_PAD, low)
-            if FP8:
-                amax = tl.maximum(amax, tl.max(_magnitude(x, w_scale + still_column, still, REST), axis=1))
-    if RANK > 0:
-        rank = tl.arange(0, RANK_PAD)
-        place = dxa + row[:, None] * (3 * RANK) + PART * RANK + rank[None, :]
-        tl.store(place, low.to(dtype), mask=(row < num_rows)[:, None] & (rank < RANK)[None, :])
-    return tl.maximum(amax, tl.max(largest, axis=1))
+def _add_products(
+    products, dxa, total, GROUPS_Q: tl.constexpr, GROUPS_K: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr
+):
+    """dxa [T, 3 R] of the products of groups [T, groups, R]."""
+    MOST: tl.constexpr = GROUPS_Q if GROUPS_Q > GROUPS_K else GROUPS_K
+    n = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    row, part, rank = n // (3 * RANK), n // RANK % 3, n % RANK
+    begin = tl.where(part == 0, 0, tl.where(part == 1, GROUPS_Q, GROUPS_Q + GROUPS_K))
+    count = tl.where(part == 0, GROUPS_Q, GROUPS_K)
+    made = tl.zeros([SIZE], tl.float32)
+    for number in tl.static_range(MOST):
+        place = (row * (GROUPS_Q + 2 * GROUPS_K) + begin + number) * RANK + rank
+        made += tl.load(products + place, mask=(n < total) & (number < count), other=0.0)
+    tl.store(dxa + n, made.to(dxa.dtype.element_ty), mask=n < total)
 
 
 @triton.jit
@@ -260,9 +251,3 @@ def _press(x, B, channel, COUNT: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.
     mask = (channel < COUNT)[:, None] & (rank < RANK)[None, :]
     weight = tl.load(B + channel[:, None] * RANK + rank[None, :], mask=mask, other=0.0)
     return tl.dot(x, weight, low, input_precision="ieee")
-
-
-@triton.jit
-def _magnitude(x, w_scale, channel, COUNT: tl.constexpr):
-    scale = tl.load(w_scale, mask=channel < COUNT, other=0.0)
-    return tl.abs(x.to(tl.float32) * scale[None, :])

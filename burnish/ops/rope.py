@@ -1,8 +1,9 @@
 """Queries, keys and values as a block's attention wants them, made in place, and the way back.
 
 One pass over memory adds what LoRA and a bias give to the three projections and turns queries and keys; the way back
-turns their gradients back, lays the three side by side, and takes from them what LoRA's thin matrices want and, for an
-8-bit matmul, their rows in 8 bits.
+turns their gradients back, lays the three side by side, and takes from them what LoRA's thin matrices want. For an
+8-bit matmul a second pass makes their rows in 8 bits; were it the first that held whole rows for this, LoRA would need
+another.
 """
 
 from typing import NamedTuple
@@ -87,8 +88,8 @@ def rope_backward(
     if _has_twin(dq):
         from burnish.kernels import rope as kernels
 
-        dqkv, dxa, rows = kernels.rope_backward(dq, dk, dv, table, Bs, w_scale)
-        return RopeGradient(dqkv, dxa, None if rows is None else Quantised(*rows))
+        dqkv, dxa = kernels.rope_backward(dq, dk, dv, table, Bs)
+        return RopeGradient(dqkv, dxa, None if w_scale is None else quantise_rows(dqkv, w_scale))
     cos, sin = table
     turned = [rotate(d.to(_wide(d)), (cos, -sin)).to(d.dtype).flatten(1) for d in (dq, dk)]
     parts = (*turned, dv.flatten(1))

@@ -33,6 +33,7 @@ CASES = [
     Case(40, Heads(2, 2, 24), pairs=4, rank=0, bias=False),
     Case(3, Heads(2, 1, 24), pairs=12, rank=0, bias=True),
     Case(4, Heads(2, 1, 16), pairs=8, rank=24, bias=False),
+    Case(3, Heads(35, 17, 20), pairs=8, rank=16, bias=False),  # the way back: three groups of queries, two of keys
 ]
 
 
@@ -89,17 +90,15 @@ def test_forward_errs_at_most_twice_as_much_as_the_reference(case: Case, dtype: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_backward_errs_at_most_twice_as_much_as_the_reference(case: Case, fp8: bool, dtype: torch.dtype) -> None:
+def test_backward_errs_at_most_twice_as_much_as_the_reference(case: Case, dtype: torch.dtype) -> None:
     gradient, _, low, _ = drawn(case, dtype)
     queries, keys, width = case.heads
     # Of three layouts: a slice of a wider buffer, heads before tokens, tokens before heads.
     parts = gradient.unflatten(1, (-1, width)).split((queries, keys, keys), dim=1)
     dq, dk, dv = parts[0], parts[1].transpose(0, 1).contiguous().transpose(0, 1), parts[2].contiguous()
-    w_scale = torch.rand(gradient.shape[1], generator=torch.Generator().manual_seed(1)) + 0.1 if fp8 else None
-    dqkv, dxa, rows = kernels.rope_backward(dq, dk, dv, angles(case), low, w_scale)
-    plain = rope_backward(dq, dk, dv, angles(case), low, w_scale)
+    dqkv, dxa = kernels.rope_backward(dq, dk, dv, angles(case), low)
+    plain = rope_backward(dq, dk, dv, angles(case), low, None)
     wide_low = [part.double() for part in low or ()]
     wide = [d.double() for d in (dq, dk, dv)]
     exact = rope_backward(*wide, angles(case, torch.float64), (*wide_low,) if low else None, None)
@@ -107,18 +106,3 @@ def test_backward_errs_at_most_twice_as_much_as_the_reference(case: Case, fp8: b
     assert (dxa is None) == (low is None)
     if dxa is not None:
         assert_within_twice(dxa, plain.dxa, exact.dxa)
-    assert (rows is None) == (w_scale is None)
-    if rows is not None and w_scale is not None and plain.dqkv8 is not None:
-        torch.testing.assert_close(rows[1], plain.dqkv8.scale, rtol=2e-3, atol=0)
-        exact8 = exact.dqkv * w_scale
-        found, reference = (v.float() * s[:, None] for v, s in (rows, plain.dqkv8))
-        assert_within_twice(found, reference, exact8)
-
-
-def test_a_row_of_zeros_has_the_scale_one() -> None:
-    case = CASES[0]
-    zeros = [torch.zeros(case.total, 2, 32, dtype=torch.float16) for _ in range(3)]
-    _, _, rows = kernels.rope_backward(*zeros, angles(case), None, torch.ones(6 * 32))
-    assert rows is not None
-    assert torch.equal(rows[1], torch.ones(case.total))
-    assert torch.equal(rows[0].float(), torch.zeros(case.total, 6 * 32))
