@@ -82,7 +82,7 @@ class FusedBlocks:
 
 
 # A compiler would find nothing to improve in it, and what it keeps is not for a graph.
-FusedBlocks.__call__ = torch.compiler.disable(FusedBlocks.__call__)
+FusedBlocks.__call__ = torch.compiler.disable(FusedBlocks.__call__)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _Blocks(torch.autograd.Function):

@@ -14,10 +14,13 @@ from burnish.model.shelf import Shelf
 from burnish.ops.add_norm import Gain, NormBackward, Normed, NormGradient, add_norm, add_norm_backward, norm_again
 from burnish.ops.attention import attention_backward, attention_forward
 from burnish.ops.fp8 import Quantised, quantise_rows, scaled_matmul
-from burnish.ops.gate import GateBackward, Gated, gate, gate_backward
+from burnish.ops.gate import GateBackward, gate, gate_backward
 from burnish.ops.outer import outer
-from burnish.ops.rope import Heads, RopeGradient, rope, rope_backward
+from burnish.ops.rope import Heads, rope, rope_backward
 
+ATTENTION_NAMES = ("x", "qkv", "attention")
+MLP_NAMES = ("x_mid", "gate_up")
+"""What the backward pass of each half of a block takes from the shelf, where it is there."""
 JOINTS = ("qkv", "o", "gate_up", "down")
 """The joint layers of a block, in the order in which they are computed."""
 
@@ -33,12 +36,17 @@ class Parts(NamedTuple):
     down: Joint
 
 
-class Small(NamedTuple):
-    """What is always kept of a block: a number or a few for each position."""
+class Half(NamedTuple):
+    """What is always kept of half a block: a number or a few for each position."""
 
-    rstd: tuple[Tensor, Tensor]
-    low: dict[str, Tensor | None]
-    """What each joint layer reads, times its A."""
+    rstd: Tensor
+    """Of its norm."""
+    low: tuple[Tensor | None, Tensor | None]
+    """What its two joint layers read, times their A."""
+
+
+Added = tuple[Tensor | None, Tensor | None, Pair | None]
+"""What a half adds to the stream: its last layer's output without LoRA, what that read times A, and the factors."""
 
 
 class Trunk(NamedTuple):
@@ -62,39 +70,54 @@ class FusedPass:
         pairs = iter([None] * (len(JOINTS) * len(self.parts)) if factors is None else factors.pairs)
         self.lora: list[dict[str, Pair | None]] = [{name: next(pairs) for name in JOINTS} for _ in self.parts]
         self.shelf: Shelf | None = None
-        self.small: list[Small] = []
+        self.halves: list[Half] = []
         self.end: tuple[Tensor, Tensor] | None = None
         self.wants_x = False
         self.gradients: dict[int, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """The hidden states. What a block adds to the stream is added in the norm that reads the sum."""
-        y, low, pair = None, None, None
-        for number, (part, lora) in enumerate(zip(self.parts, self.lora, strict=True)):
-            first = self._norm(part.norms[0], x, (y, low, pair), lora["qkv"])
-            qkv = self.matmul(part.qkv, first.h, first.h8)
-            self.turn(part, qkv, first.ha, lora["qkv"])
-            out, saved = self.attend(part, qkv)
-            low_o = None if lora["o"] is None else out @ lora["o"].A.T
-            y = self.matmul(part.o, out, quantise_rows(out) if self.fp8 else None)
-            second = self._norm(part.norms[1], first.x, (y, low_o, lora["o"]), lora["gate_up"])
-            gate_up = self.matmul(part.gate_up, second.h, second.h8)
-            gated = self._gate(gate_up, second.ha, lora)
-            if self.shelf is not None:
-                lows = {"qkv": first.ha, "o": low_o, "gate_up": second.ha, "down": gated.ha}
-                self.small.append(Small((first.rstd, second.rstd), lows))
-                self.shelf.put(number, "x", (first.x,))
-                self.shelf.put(number, "qkv", (qkv,))
-                self.shelf.put(number, "attention", (out, *saved))
-                self.shelf.put(number, "x_mid", (second.x,))
-                self.shelf.put(number, "gate_up", (gate_up,))
-            del qkv, out, saved, gate_up
-            y = self.matmul(part.down, gated.h, gated.h8)
-            x, low, pair = second.x, gated.ha, lora["down"]
+        """The hidden states. What half a block adds to the stream is added in the norm that reads the sum."""
+        added: Added = (None, None, None)
+        for number in range(len(self.parts)):
+            x, added = self._attention_forward(number, x, added)
+            x, added = self._mlp_forward(number, x, added)
+        y, low, pair = added
         last = add_norm(x, y, low, pair and pair.B, gain_of(self.last), None, False)
         self.end = (last.x, last.rstd)
         assert last.h is not None
         return last.h
+
+    def _attention_forward(self, number: int, x: Tensor, added: Added) -> tuple[Tensor, Added]:
+        part, lora = self.parts[number], self.lora[number]
+        x, rstd, h, h8, low = self._norm(part.norms[0], x, added, lora["qkv"])
+        qkv = self.matmul(part.qkv, h, h8)
+        del added, h, h8
+        self.turn(part, qkv, low, lora["qkv"])
+        out, saved = self.attend(part, qkv)
+        low_o = None if lora["o"] is None else out @ lora["o"].A.T
+        if self.shelf is not None:
+            self.halves.append(Half(rstd, (low, low_o)))
+            self.shelf.put(number, "x", (x,))
+            self.shelf.put(number, "qkv", (qkv,))
+            self.shelf.put(number, "attention", (out, *saved))
+        del qkv, saved
+        y = self.matmul(part.o, out, quantise_rows(out) if self.fp8 else None)
+        return x, (y, low_o, lora["o"])
+
+    def _mlp_forward(self, number: int, x: Tensor, added: Added) -> tuple[Tensor, Added]:
+        part, lora = self.parts[number], self.lora[number]
+        x, rstd, h, h8, low = self._norm(part.norms[1], x, added, lora["gate_up"])
+        gate_up = self.matmul(part.gate_up, h, h8)
+        del added, h, h8
+        pair, down = lora["gate_up"], lora["down"]
+        Bs = (None, None) if pair is None else pair.Bs
+        h, h8, low_down = gate(gate_up, low, Bs[0], Bs[1], down and down.A, self.config.activation, self.fp8)
+        if self.shelf is not None:
+            self.halves.append(Half(rstd, (low, low_down)))
+            self.shelf.put(number, "x_mid", (x,))
+            self.shelf.put(number, "gate_up", (gate_up,))
+        del gate_up
+        return x, (self.matmul(part.down, h, h8), low_down, down)
 
     def backward(self, dh: Tensor) -> Tensor | None:
         """The gradient of x, where it is wanted; those of parameters are left in `gradients`."""
@@ -105,17 +128,17 @@ class FusedPass:
         gradient = self._norm_backward(self.last, NormBackward(dh, x, rstd), (len(self.parts) - 1, "down"))
         del x
         for number in reversed(range(len(self.parts))):
-            held = _Held(self, number, self.small.pop())
+            held = _Held(self, number)
             gradient = self._mlp_backward(held, gradient)
-            self.shelf.prefetch(number - 1)  # by now the memory of gate and up is free
+            self.shelf.prefetch(number - 1, MLP_NAMES)  # by now the memory of gate and up is free
             gradient = self._attention_backward(held, gradient)
         self._scale_B()
         return gradient.dx if self.wants_x else None
 
     def _mlp_backward(self, held: "_Held", above: NormGradient) -> NormGradient:
         """From the gradient of a block's output to that of the stream between its halves."""
-        part, lora, small = held.part, held.lora, held.small
-        pair, low, down = lora["gate_up"], small.low["gate_up"], lora["down"]
+        part, lora, (rstd, (low, low_down)) = held.part, held.lora, held.mlp
+        pair, down = lora["gate_up"], lora["down"]
         x_mid, gate_up = held.before_mlp()
         dh = self._back(part.down, above.dx, above.dx8)
         scale = part.gate_up.row_scale() if self.fp8 else None
@@ -124,9 +147,10 @@ class FusedPass:
         del dh, gate_up
         dgu, dlow, h, dgu8 = gate_backward(given, self.config.activation)
         del given
-        self._collect(part.down, down, above.dx, h, above.dxa, small.low["down"])
+        self._collect(part.down, down, above.dx, h, above.dxa, low_down)
         del h
-        norm, rstd = part.norms[1], small.rstd[1]
+        held.prefetch_attention()
+        norm = part.norms[1]
         self._collect(part.gate_up, pair, dgu, self._again(norm, x_mid, rstd, part.gate_up, pair), dlow, low)
         dh = self._back(part.gate_up, dgu, dgu8)
         del dgu, dgu8
@@ -135,15 +159,21 @@ class FusedPass:
 
     def _attention_backward(self, held: "_Held", above: NormGradient) -> NormGradient:
         """From the gradient of the stream between a block's halves to that of its input."""
-        part, lora, small, number = held.part, held.lora, held.small, held.number
+        part, lora, number, (rstd, (low, low_o)) = held.part, held.lora, held.number, held.attention
+        pair, norm, attention = lora["qkv"], part.norms[0], part.block.self_attn
         x, qkv, out, saved = held.before_attention()
         dout = self._back(part.o, above.dx, above.dx8)
         if lora["o"] is not None:
             dout.addmm_(cast(Tensor, above.dxa), lora["o"].A)
-        self._collect(part.o, lora["o"], above.dx, out, above.dxa, small.low["o"])
-        dqkv, dlow, dqkv8 = self._attend_backward(number, dout, qkv, out, saved)
+        self._collect(part.o, lora["o"], above.dx, out, above.dxa, low_o)
+        shape = (len(out), self.heads.queries, self.heads.width)
+        dq, dk, dv = attention_backward(
+            dout.view(shape), self._split(qkv), out.view(shape), saved, self.layout, attention.scale, attention.window
+        )
         del qkv, out, saved, dout
-        pair, low, norm, rstd = lora["qkv"], small.low["qkv"], part.norms[0], small.rstd[0]
+        scale = part.qkv.row_scale() if self.fp8 else None
+        dqkv, dlow, dqkv8 = rope_backward(dq, dk, dv, self._table(part), _three(pair), scale)
+        del dq, dk, dv
         self._collect(part.qkv, pair, dqkv, self._again(norm, x, rstd, part.qkv, pair), dlow, low)
         if number == 0 and not self.wants_x and not norm.weight.requires_grad:
             return above
@@ -152,9 +182,7 @@ class FusedPass:
         seen = NormBackward(dh, x, rstd, above.dx, dlow, pair and pair.A, low)
         return self._norm_backward(norm, seen, (number - 1, "down") if number else None)
 
-    def _norm(
-        self, norm: Norm, x: Tensor, added: tuple[Tensor | None, Tensor | None, Pair | None], pair: Pair | None
-    ) -> Normed:
+    def _norm(self, norm: Norm, x: Tensor, added: Added, pair: Pair | None) -> Normed:
         y, low, before = added
         return add_norm(x, y, low, before and before.B, gain_of(norm), pair and pair.A, self.fp8)
 
@@ -184,27 +212,10 @@ class FusedPass:
         out, saved = attention_forward(*self._split(qkv), self.layout, attention.scale, attention.window)
         return out.flatten(1), saved
 
-    def _attend_backward(
-        self, number: int, dout: Tensor, qkv: Tensor, out: Tensor, saved: tuple[Tensor, ...]
-    ) -> RopeGradient:
-        part, pair = self.parts[number], self.lora[number]["qkv"]
-        attention = part.block.self_attn
-        shape = (len(out), self.heads.queries, self.heads.width)
-        dq, dk, dv = attention_backward(
-            dout.view(shape), self._split(qkv), out.view(shape), saved, self.layout, attention.scale, attention.window
-        )
-        scale = part.qkv.row_scale() if self.fp8 else None
-        return rope_backward(dq, dk, dv, self._table(part), _three(pair), scale)
-
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         queries, keys, width = self.heads
         q, k, v = qkv.split((queries * width, keys * width, keys * width), dim=1)
         return q.unflatten(1, (-1, width)), k.unflatten(1, (-1, width)), v.unflatten(1, (-1, width))
-
-    def _gate(self, gate_up: Tensor, low: Tensor | None, lora: dict[str, Pair | None]) -> Gated:
-        pair, down = lora["gate_up"], lora["down"]
-        Bs = (None, None) if pair is None else pair.Bs
-        return gate(gate_up, low, Bs[0], Bs[1], down and down.A, self.config.activation, self.fp8)
 
     def _again(self, norm: Norm, x: Tensor, rstd: Tensor, joint: Joint, pair: Pair | None) -> Tensor | None:
         """The norm's output, where a gradient of what it is multiplied with is wanted."""
@@ -271,11 +282,16 @@ class FusedPass:
 class _Held:
     """What the backward pass of one block needs, taken from the shelf or computed again, each once."""
 
-    def __init__(self, run: FusedPass, number: int, small: Small) -> None:
+    def __init__(self, run: FusedPass, number: int) -> None:
         assert run.shelf is not None
-        self.run, self.number, self.small, self.shelf = run, number, small, run.shelf
+        self.run, self.number, self.shelf = run, number, run.shelf
+        self.mlp, self.attention = run.halves.pop(), run.halves.pop()
         self.part, self.lora = run.parts[number], run.lora[number]
         self._attention: tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]] | None = None
+
+    def prefetch_attention(self) -> None:
+        """Begin to copy back what `before_attention` will want of the host."""
+        self.shelf.prefetch(self.number, ATTENTION_NAMES)
 
     def before_attention(self) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
         """The stream before the block, the turned q, k and v, what attention made of them, and what it keeps besides.
@@ -292,12 +308,12 @@ class _Held:
         found = self.shelf.get(self.number, "gate_up")
         if found is not None:
             return x_mid, found[0]
-        h, h8 = norm_again(x_mid, self.small.rstd[1], gain_of(self.part.norms[1]), self.run.fp8)
+        h, h8 = norm_again(x_mid, self.mlp.rstd, gain_of(self.part.norms[1]), self.run.fp8)
         return x_mid, self.run.matmul(self.part.gate_up, h, h8)
 
     def _middle(self) -> Tensor:
         self._attention = x, _, out, _ = self._attend()
-        pair, low, gain = self.lora["o"], self.small.low["o"], gain_of(self.part.norms[1])
+        pair, low, gain = self.lora["o"], self.attention.low[1], gain_of(self.part.norms[1])
         y = self.run.matmul(self.part.o, out, quantise_rows(out) if self.run.fp8 else None)
         return add_norm(x, y, low, pair and pair.B, gain, None, False).x
 
@@ -306,10 +322,10 @@ class _Held:
         assert stream is not None
         found, kept = self.shelf.get(self.number, "qkv"), self.shelf.get(self.number, "attention")
         if found is None:
-            h, h8 = norm_again(stream[0], self.small.rstd[0], gain_of(self.part.norms[0]), self.run.fp8)
+            h, h8 = norm_again(stream[0], self.attention.rstd, gain_of(self.part.norms[0]), self.run.fp8)
             qkv = self.run.matmul(self.part.qkv, h, h8)
             del h, h8
-            self.run.turn(self.part, qkv, self.small.low["qkv"], self.lora["qkv"])
+            self.run.turn(self.part, qkv, self.attention.low[0], self.lora["qkv"])
         else:
             (qkv,) = found
         if kept is None:

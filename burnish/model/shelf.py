@@ -10,6 +10,7 @@ that a buffer can be used again at once.
 
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -90,8 +91,8 @@ def buffer_bytes(size: int) -> int:
 class Shelf:
     """The activations of one forward pass. What is put there must not be written to by others afterwards.
 
-    At most two blocks' worth of tensors wait on the device for their copy to the host: the computing stream is held up
-    where the copies are slower.
+    What a block puts here waits on the device for its copy to the host until the next block puts something here: the
+    computing stream is held up where the copies are slower.
     """
 
     def __init__(self, plan: Plan, memory: HostMemory) -> None:
@@ -105,7 +106,7 @@ class Shelf:
 
     def put(self, block: int, name: str, tensors: tuple[Tensor, ...]) -> None:
         """Leave tensors here in the forward pass, block after block; dropped where they are to be computed again."""
-        while self._leaving and self._leaving[0][0] < block - 1:
+        while self._leaving and self._leaving[0][0] < block:
             self._leaving.popleft()[1].leave()
         if name in self.plan.host[block]:
             parts = self._away[block, name] = []
@@ -119,9 +120,9 @@ class Shelf:
         elif name in self.plan.kept[block] or name not in NAMES:
             self._kept[block, name] = tensors
 
-    def prefetch(self, block: int) -> None:
+    def prefetch(self, block: int, names: Sequence[str] = NAMES) -> None:
         """Begin to copy back what of this block is on the host; a number that is no block's does nothing."""
-        for name in NAMES:
+        for name in names:
             for part in self._away.get((block, name), ()):
                 if isinstance(part, _Away):
                     part.bring()

@@ -83,7 +83,7 @@ def test_memory_is_let_go_when_dropped_taken_or_on_the_host() -> None:
             shelf.put(block, name, parts)
             del parts
     held = {place for place, tensor in alive.items() if tensor() is not None}
-    waiting = {(3, "qkv"), (3, "x_mid"), (4, "x")}  # the last two blocks' worth: their copies may be on the way
+    waiting = {(4, "x")}  # the last block's: its copy may be on the way
     assert held == {(block, name) for block in range(BLOCKS) for name in shelf.plan.kept[block]} | waiting
     shelf.get(2, "gate_up")
     assert alive[2, "gate_up"]() is None
