@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 """Rows and weights to e4m3: the twins of `ops.fp8`."""
 
 from contextlib import nullcontext
@@ -11,6 +11,7 @@ from torch import Tensor
 from burnish.kernels.nf4 import block_scales, level_of
 
 _LONGEST = 2**15  # values of a row that one program holds in registers
+_STAYS = 3 * 2**13  # as many with as many scales of columns beside them
 
 
 def quantise_rows(x_TK: Tensor, w_scale_K: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -18,14 +19,32 @@ def quantise_rows(x_TK: Tensor, w_scale_K: Tensor | None) -> tuple[Tensor, Tenso
     num_rows, width = x_TK.shape
     values = torch.empty((num_rows, width), dtype=torch.float8_e4m3fn, device=x_TK.device)
     scale = torch.empty(num_rows, dtype=torch.float32, device=x_TK.device)
-    held, rest = _powers(width) if width <= _LONGEST else (_LONGEST, 0)
-    if values.numel():
-        with _on(x_TK):
-            _quantise_rows[(num_rows,)](
-                x_TK, w_scale_K, values, scale, width, x_TK.stride(0), WEIGHTED=w_scale_K is not None, HELD=held,
-                REST=rest, WHOLE=held + rest >= width, num_warps=min(max(held // 1024, 1), 16),
-            )  # fmt: skip
+    if not values.numel():
+        return values, scale
+    given = (x_TK, w_scale_K, values, scale, width, x_TK.stride(0))
+    held, rest = _powers(width)
+    with _on(x_TK):
+        if w_scale_K is not None and held + rest <= _STAYS:
+            # 48 values and 48 scales to a thread at most: 512 threads of them fill the registers of a multiprocessor.
+            warps = min(triton.next_power_of_2(triton.cdiv(held + rest, 48 * 32)), 16)
+            _quantise_many[(min(_multiprocessors(x_TK) * 16 // warps, num_rows),)](
+                *given, num_rows, HELD=held, REST=rest, STAGES=3, num_warps=warps
+            )
+            return values, scale
+        if held + rest > _LONGEST:
+            held, rest, warps = _LONGEST, 0, 16
+        elif w_scale_K is None and held <= 8192:
+            held, rest, warps = held << (rest > 0), 0, min(max(held // 512, 1), 8)
+        else:
+            warps = min(max(held // 1024, 1), 16)
+        _quantise_rows[(num_rows,)](
+            *given, WEIGHTED=w_scale_K is not None, HELD=held, REST=rest, WHOLE=held + rest >= width, num_warps=warps
+        )
     return values, scale
+
+
+def _multiprocessors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
 def _powers(width: int) -> tuple[int, int]:
@@ -112,7 +131,7 @@ def _quantise_rows(
     x, w_scale, values, scale, width, stride,
     WEIGHTED: tl.constexpr, HELD: tl.constexpr, REST: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)  # the rows written last are still in the L2 cache
     column = tl.arange(0, HELD)
     held = _weighted(x + row * stride, w_scale, column, width, WEIGHTED)
     amax = tl.max(tl.abs(held), axis=0)
@@ -135,6 +154,31 @@ def _quantise_rows(
             place = first + column
             tl.store(values + row * width + place, (rest * factor).to(tl.float8e4nv), mask=place < width)
     tl.store(scale + row, divisor)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _quantise_many(
+    x, w_scale, values, scale, width, stride, num_rows, HELD: tl.constexpr, REST: tl.constexpr, STAGES: tl.constexpr
+):
+    """A program stays for many rows: it holds the scales of columns, and the next rows are under way meanwhile."""
+    column, more_column = tl.arange(0, HELD), HELD + tl.arange(0, REST if REST > 0 else HELD)
+    held_scale = tl.load(w_scale + column, mask=column < width, other=0.0)
+    if REST > 0:
+        more_scale = tl.load(w_scale + more_column, mask=more_column < width, other=0.0)
+    for number in tl.range(tl.program_id(0), num_rows, tl.num_programs(0), num_stages=STAGES):
+        row = tl.cast(num_rows - 1 - number, tl.int64)  # the rows written last are still in the L2 cache
+        held = tl.load(x + row * stride + column, mask=column < width, other=0.0).to(tl.float32) * held_scale
+        amax = tl.max(tl.abs(held), axis=0)
+        if REST > 0:
+            more = tl.load(x + row * stride + more_column, mask=more_column < width, other=0.0).to(tl.float32)
+            more = more * more_scale
+            amax = tl.maximum(amax, tl.max(tl.abs(more), axis=0))
+        divisor = row_scale(amax)
+        factor = tl.div_rn(1.0, divisor)
+        tl.store(values + row * width + column, (held * factor).to(tl.float8e4nv), mask=column < width)
+        if REST > 0:
+            tl.store(values + row * width + more_column, (more * factor).to(tl.float8e4nv), mask=more_column < width)
+        tl.store(scale + row, divisor)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ def poisoned(shape: tuple[int, int], transposed: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("rows", "width"), [(1, 16), (17, 80), (2, 176), (2, 256), (3, 2064)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (19, 80), (2, 176), (2, 256), (3, 2064)])
 def test_rows_are_quantised_as_the_reference_does(rows: int, width: int, weighted: bool, dtype: torch.dtype) -> None:
     x = normal(rows, width, dtype=dtype) * 3
     x[0, 3] = 100
@@ -40,13 +40,17 @@ def test_rows_are_quantised_as_the_reference_does(rows: int, width: int, weighte
     assert equal(values, expected.values)
 
 
-def test_a_long_row_is_quantised_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = normal(2, 300, dtype=torch.bfloat16)
-    whole = kernels.quantise_rows(x, None)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_long_row_is_quantised_in_parts(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w_scale = normal(2, 300, dtype=torch.bfloat16), normal(300).abs() + 0.1 if weighted else None
+    whole = kernels.quantise_rows(x, w_scale)
+    monkeypatch.setattr(kernels, "_STAYS", 128)
+    held = kernels.quantise_rows(x, w_scale)
     monkeypatch.setattr(kernels, "_LONGEST", 128)
-    parts = kernels.quantise_rows(x, None)
-    assert equal(parts[0], whole[0])
-    assert torch.equal(parts[1], whole[1])
+    parts = kernels.quantise_rows(x, w_scale)
+    for made in (held, parts):
+        assert equal(made[0], whole[0])
+        assert torch.equal(made[1], whole[1])
 
 
 def test_rows_next_to_zero_stay_finite() -> None:
