@@ -239,7 +239,7 @@ def add_norm_cases(device: torch.device) -> Iterator[Case]:
         made = add_norm(x, y, *low, gain, A if lora else None, fp8=eight)
         call = partial(add_norm, xa_TR=low[0], B_DR=low[1], gain=gain, A_RD=A if lora else None, fp8=eight)
         yield f"add_norm{name}", rotated(call, x, y), (6 + wanted) * size
-        behind = {"dha": dha, "A": A, "ha": made.ha, "B": B} if lora else {}
+        behind = {"dha": dha, "A": A, "B": B} if lora else {}
         given = NormBackward(x, made.x, made.rstd, **behind, w_scale=w_scale if eight else None)
         call = partial(_norm_backward, given, gain)
         yield f"add_norm backward{name}", rotated(call, x, made.x, y), (8 + eight) * size

@@ -1,8 +1,8 @@
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 """The residual addition and its norm: the twins of `ops.add_norm`.
 
-Forward, a program has 16 rows, the fewest that tensor cores take, and walks them in chunks of columns. What needs a
-statistic of the whole row walks them again, the other way round: what was touched last is still in the L2 cache.
+Forward, a program has 32 rows and walks them in chunks of columns. What needs a statistic of the whole row walks them
+again, the other way round: what was touched last is still in the L2 cache.
 
 Backward, a program has one row, whole in registers, and reads and writes it once. The low-rank products are made
 before and after it: a row alone would read all of A and B, and 16 rows of three tensors fit into no cache.
@@ -30,10 +30,10 @@ class Launch(NamedTuple):
     """Chunks under way at once: their loads are asynchronous copies into shared memory."""
 
 
-FORWARD = Launch(rows=16, chunk=256, warps=8, stages=3)
-# Two programs to a multiprocessor, by their shared memory and registers: one loads while the other waits at the end of
-# a pass, and what they read twice stays in the L2 cache, which more of them would overrun.
-PRODUCT = Launch(rows=32, chunk=256, warps=4, stages=4)
+# Two programs to a multiprocessor, by their shared memory: one loads while the other waits at the end of a pass, and
+# 8,192 rows are one round of them. More rows halve what is read of A and B, fewer leave more of the rows in the L2 cache.
+FORWARD = Launch(rows=32, chunk=128, warps=8, stages=4)
+PRODUCT = Launch(rows=64, chunk=128, warps=4, stages=5)
 _SPAN = 16
 """Rows whose part of the gradient of the weight one program adds up."""
 
@@ -90,7 +90,6 @@ def add_norm_backward(
     dx_new: Tensor | None,
     dha: Tensor | None,
     A: Tensor | None,
-    ha: Tensor | None,
     B: Tensor | None,
     w_scale: Tensor | None,
     weight: Tensor,
@@ -125,7 +124,7 @@ def _times(x: Tensor, B: Tensor) -> Tensor:
     (num_rows, width), rank = x.shape, B.shape[1]
     made = torch.empty((num_rows, rank), dtype=x.dtype, device=x.device)
     padded = _power_of_two(rank)
-    chunk = min(_power_of_two(width), max(32, PRODUCT.chunk * 16 // padded))
+    chunk = _chunk(PRODUCT, width, padded)
     if num_rows:
         with _on(x):
             _product[(triton.cdiv(num_rows, PRODUCT.rows),)](
@@ -292,12 +291,15 @@ def _columns_of(B, column, added, ADDED: tl.constexpr, D: tl.constexpr):
 def _sizes(launch: Launch, width: int, A: Tensor | None, B: Tensor | None) -> dict[str, int]:
     read, added = 0 if A is None else A.shape[0], 0 if B is None else B.shape[1]
     read_pad, added_pad = _power_of_two(read), _power_of_two(added)
-    # The chunks under way must fit into shared memory, where those of a matrix of rank 64 are the largest part.
-    chunk = min(_power_of_two(width), launch.chunk * 64 // max(64, read_pad, added_pad))
     return {
-        **{"READ": read, "READ_PAD": read_pad, "ADDED": added, "ADDED_PAD": added_pad},
-        **{"ROWS": launch.rows, "CHUNK": max(16, chunk), "STAGES": launch.stages, "num_warps": launch.warps},
+        **{"READ": read, "READ_PAD": read_pad, "ADDED": added, "ADDED_PAD": added_pad, "ROWS": launch.rows},
+        **{"CHUNK": _chunk(launch, width, max(read_pad, added_pad)), "STAGES": launch.stages, "num_warps": launch.warps},
     }
+
+
+def _chunk(launch: Launch, width: int, rank: int) -> int:
+    """Columns at a time: the chunks under way fit into shared memory, those of a thin matrix of rank 64 and more too."""
+    return min(_power_of_two(width), max(16, launch.chunk * 64 // max(64, rank)))
 
 
 def _power_of_two(count: int) -> int:

@@ -154,7 +154,7 @@ class FusedPass:
         self._collect(part.gate_up, pair, dgu, self._again(norm, x_mid, rstd, part.gate_up, pair), dlow, low)
         dh = self._back(part.gate_up, dgu, dgu8)
         del dgu, dgu8
-        seen = NormBackward(dh, x_mid, rstd, above.dx, dlow, pair and pair.A, low)
+        seen = NormBackward(dh, x_mid, rstd, above.dx, dlow, pair and pair.A)
         return self._norm_backward(norm, seen, (held.number, "o"))
 
     def _attention_backward(self, held: "_Held", above: NormGradient) -> NormGradient:
@@ -179,7 +179,7 @@ class FusedPass:
             return above
         dh = self._back(part.qkv, dqkv, dqkv8)
         del dqkv, dqkv8
-        seen = NormBackward(dh, x, rstd, above.dx, dlow, pair and pair.A, low)
+        seen = NormBackward(dh, x, rstd, above.dx, dlow, pair and pair.A)
         return self._norm_backward(norm, seen, (number - 1, "down") if number else None)
 
     def _norm(self, norm: Norm, x: Tensor, added: Added, pair: Pair | None) -> Normed:

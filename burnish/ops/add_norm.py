@@ -49,8 +49,6 @@ class NormBackward(NamedTuple):
     """The gradient of the stream itself; None after the last norm, which alone reads the stream."""
     dha: Float[Tensor, "T R"] | None = None
     A: Float[Tensor, "R D"] | None = None
-    ha: Float[Tensor, "T R"] | None = None
-    """`Normed.ha`: with it the mean over a row is known without a product with A."""
     B: Float[Tensor, "D R"] | None = None
     w_scale: Float[Tensor, " D"] | None = None
     """One fp32 scale for each column: asks for the gradient in 8 bits too."""
@@ -115,7 +113,7 @@ def add_norm_backward(given: NormBackward, gain: Gain, wants_weight: bool) -> No
     dha A is rounded, and then dx is; dxa and the 8 bits are made of the rounded dx. The same numbers come out each
     time.
     """
-    assert (given.dha is None) == (given.A is None) == (given.ha is None)
+    assert (given.dha is None) == (given.A is None)
     if not _has_kernel(given.dh):
         return reference_add_norm_backward(given, gain, wants_weight)
     from burnish.kernels.add_norm import add_norm_backward as kernel
@@ -157,7 +155,7 @@ def reference_norm_again(
 
 
 def reference_add_norm_backward(given: NormBackward, gain: Gain, wants_weight: bool) -> NormGradient:
-    """`add_norm_backward` in plain PyTorch, by the definition: ha is not read."""
+    """`add_norm_backward` in plain PyTorch: what the kernel is held to."""
     wide = _wide(given.dh)
     g_TD = given.dh.to(wide)
     if given.dha is not None and given.A is not None:

@@ -95,7 +95,7 @@ def test_backward_errs_no_more_than_twice_what_pytorch_does(shape: tuple[int, in
     gain, wide_gain = ops.Gain(p["weight"], 1e-5, 0.0), ops.Gain(p["weight"].double(), 1e-5, 0.0)
     made = ops.reference_add_norm(p["x"], p["y"], p["xa"], p["B"], gain, p["A"], fp8=False)
     given = ops.NormBackward(
-        p["dh"], made.x, made.rstd, p["dx_new"], p["dha"], p["A"], made.ha, p["B"], p["w_scale"]
+        p["dh"], made.x, made.rstd, p["dx_new"], p["dha"], p["A"], p["B"], p["w_scale"]
     )  # fmt: skip
     ours = ops.add_norm_backward(given, gain, wants_weight=True)
     plain = ops.reference_add_norm_backward(given, gain, wants_weight=True)

@@ -65,7 +65,7 @@ def test_gradients_are_those_of_autograd(offset: float, added: bool, read: bool,
     made = add_norm(p["x"], p["y"], *low, gain, p["A"] if read else None, fp8=False)
     given = NormBackward(p["dh"], made.x, made.rstd, B=low[1], dx_new=p["dx_new"] if streams else None)
     if read:
-        given = given._replace(dha=p["dha"], A=p["A"], ha=made.ha)
+        given = given._replace(dha=p["dha"], A=p["A"])
     gradient = add_norm_backward(given, gain, wants_weight=True)
     torch.testing.assert_close(gradient.dx, leaves["x"].grad)
     torch.testing.assert_close(gradient.dx, leaves["y"].grad)
@@ -124,7 +124,7 @@ def test_the_gradient_in_8_bits_carries_the_scale_of_the_weight_it_meets() -> No
     p = parts(torch.bfloat16)
     made = whole(p)
     w_scale = torch.rand(D) + 0.1
-    given = NormBackward(p["dh"], made.x, made.rstd, p["dx_new"], p["dha"], p["A"], made.ha, p["B"], w_scale)
+    given = NormBackward(p["dh"], made.x, made.rstd, p["dx_new"], p["dha"], p["A"], p["B"], w_scale)
     gradient = add_norm_backward(given, Gain(p["weight"], 1e-5, 0.0), wants_weight=False)
     assert gradient.dx8 is not None
     scaled = gradient.dx.float() * w_scale
