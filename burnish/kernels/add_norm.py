@@ -293,7 +293,11 @@ def _sizes(launch: Launch, width: int, A: Tensor | None, B: Tensor | None) -> di
     read_pad, added_pad = _power_of_two(read), _power_of_two(added)
     return {
         **{"READ": read, "READ_PAD": read_pad, "ADDED": added, "ADDED_PAD": added_pad, "ROWS": launch.rows},
-        **{"CHUNK": _chunk(launch, width, max(read_pad, added_pad)), "STAGES": launch.stages, "num_warps": launch.warps},
+        **{
+            "CHUNK": _chunk(launch, width, max(read_pad, added_pad)),
+            "STAGES": launch.stages,
+            "num_warps": launch.warps,
+        },
     }
 
 
