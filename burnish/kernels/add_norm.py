@@ -30,8 +30,8 @@ class Launch(NamedTuple):
     """Chunks under way at once: their loads are asynchronous copies into shared memory."""
 
 
-# Two programs to a multiprocessor, by their shared memory: one loads while the other waits at the end of a pass, and
-# 8,192 rows are one round of them. More rows halve what is read of A and B, fewer leave more of the rows in the L2 cache.
+# Two programs to a multiprocessor: one loads while the other waits at the end of a pass, and 8,192 rows are one round.
+# Fewer rows at a time would leave more of them in the L2 cache, but read A and B more often.
 FORWARD = Launch(rows=32, chunk=128, warps=8, stages=4)
 PRODUCT = Launch(rows=64, chunk=128, warps=4, stages=5)
 _SPAN = 16
@@ -302,7 +302,7 @@ def _sizes(launch: Launch, width: int, A: Tensor | None, B: Tensor | None) -> di
 
 
 def _chunk(launch: Launch, width: int, rank: int) -> int:
-    """Columns at a time: the chunks under way fit into shared memory, those of a thin matrix of rank 64 and more too."""
+    """Columns at a time: fewer where the chunks of a matrix of a higher rank than 64 would not fit into shared memory."""
     return min(_power_of_two(width), max(16, launch.chunk * 64 // max(64, rank)))
 
 
