@@ -273,10 +273,12 @@ def _gate_backward(given: GateBackward, dh: Tensor, gu: Tensor) -> object:
 
 
 def outer_cases(device: torch.device) -> Iterator[Case]:
-    """Gradients of low-rank matrices: x is read once."""
-    for width, rank in ((4096, 16), (4096, 48), (11008, 16), (22016, 16)):
-        x_TN, z_TR = (torch.randn(TOKENS, size, device=device).bfloat16() for size in (width, rank))
-        yield f"outer {TOKENS}x{width}x{rank}", rotated(outer, x_TN, z_TR), 2 * (x_TN.numel() + z_TR.numel())
+    """Gradients of low-rank matrices, those of joint layers at once: x is read once."""
+    for widths, rank in (((4096,), 16), ((4096,), 48), ((11008,), 16), ((4096,) * 3, 16), ((11008,) * 2, 16)):
+        sizes = (sum(widths), rank * len(widths))
+        x_TN, z_TK = (torch.randn(TOKENS, size, device=device).bfloat16() for size in sizes)
+        call = rotated(partial(outer, widths=widths), x_TN, z_TK)
+        yield f"outer {TOKENS}x{'+'.join(map(str, widths))}x{rank}", call, 2 * (x_TN.numel() + z_TK.numel())
 
 
 def adam_cases(device: torch.device) -> Iterator[Case]:

@@ -302,7 +302,7 @@ def _sizes(launch: Launch, width: int, A: Tensor | None, B: Tensor | None) -> di
 
 
 def _chunk(launch: Launch, width: int, rank: int) -> int:
-    """Columns at a time: fewer where the chunks of a matrix of a higher rank than 64 would not fit into shared memory."""
+    """Columns at a time: fewer where chunks of a matrix of a higher rank than 64 would not fit into shared memory."""
     return min(_power_of_two(width), max(16, launch.chunk * 64 // max(64, rank)))
 
 

@@ -256,12 +256,12 @@ class FusedPass:
         assert low is not None
         rank = self.factors.rank
         dA = _product(dlow.T, h, torch.float32)
-        for place, (layer, columns) in enumerate(zip(joint.layers, dy.split(joint.widths, dim=1), strict=True)):
+        dB = outer(dy, low, joint.widths)
+        for layer, rows_A, rows_B in zip(joint.layers, dA.split(rank), dB.split(joint.widths), strict=True):
             if self.factors.name in layer.adapters:
                 lora = cast(LoRA, layer.adapters[self.factors.name])
-                rows = slice(place * rank, (place + 1) * rank)
-                self.gradients[id(lora.A)] = dA[rows][: lora.rank].to(lora.A.dtype)
-                self.gradients[id(lora.B)] = outer(columns, low[:, rows])[:, : lora.rank].to(lora.B.dtype)
+                self.gradients[id(lora.A)] = rows_A[: lora.rank].to(lora.A.dtype)
+                self.gradients[id(lora.B)] = rows_B[:, : lora.rank].to(lora.B.dtype)
 
     def _give(self, weight: nn.Parameter, gradient: Tensor) -> None:
         """A large gradient: what later micro-batches add goes to `.grad` at once, so that no second copy waits."""

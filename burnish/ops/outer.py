@@ -1,4 +1,6 @@
-"""The gradient of a low-rank matrix: a tall matrix transposed, times a thin one."""
+"""The gradients of low-rank matrices: a tall matrix transposed, times a thin one."""
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -7,20 +9,26 @@ from torch import Tensor
 from burnish.kernels import has_triton
 
 
-def outer(x_TN: Float[Tensor, "T N"], z_TR: Float[Tensor, "T R"]) -> Float[Tensor, "N R"]:
+def outer(x_TN: Float[Tensor, "T N"], z_TK: Float[Tensor, "T K"], widths: Sequence[int]) -> Float[Tensor, "N R"]:
     """xᵀ z in fp32 (float64 for float64), summed over T in fp32: the same numbers each time.
 
+    x is matrices of these widths side by side, and z has R columns for each: they are multiplied with those alone.
     x and z may be slices of columns of wider matrices.
     """
-    assert x_TN.dtype == z_TR.dtype
-    if not (x_TN.is_cuda and has_triton() and x_TN.dtype in (torch.bfloat16, torch.float16)):
-        return reference_outer(x_TN, z_TR)
+    assert x_TN.dtype == z_TK.dtype
+    assert x_TN.shape[1] == sum(widths)
+    assert z_TK.shape[1] % len(widths) == 0
+    if not (x_TN.is_cuda and has_triton() and x_TN.dtype in (torch.bfloat16, torch.float16) and len(widths) <= 3):
+        return reference_outer(x_TN, z_TK, widths)
     from burnish.kernels.outer import outer as kernel
 
-    return kernel(x_TN, z_TR)
+    return kernel(x_TN, z_TK, widths)
 
 
-def reference_outer(x_TN: Float[Tensor, "T N"], z_TR: Float[Tensor, "T R"]) -> Float[Tensor, "N R"]:
+def reference_outer(
+    x_TN: Float[Tensor, "T N"], z_TK: Float[Tensor, "T K"], widths: Sequence[int]
+) -> Float[Tensor, "N R"]:
     """`outer` in plain PyTorch: what the kernel is held to."""
     wide = torch.float64 if x_TN.dtype == torch.float64 else torch.float32
-    return x_TN.to(wide).T @ z_TR.to(wide)
+    parts = zip(x_TN.split(list(widths), dim=1), z_TK.chunk(len(widths), dim=1), strict=True)
+    return torch.cat([x.to(wide).T @ z.to(wide) for x, z in parts])

@@ -151,10 +151,22 @@ def test_low_rank_gradients(shape: tuple[int, int, int], dtype: torch.dtype) -> 
     generator = torch.Generator("cuda").manual_seed(rows)
     x = torch.randn(rows, width, generator=generator, device="cuda").to(dtype)
     z = torch.randn(rows, rank + 32, generator=generator, device="cuda").to(dtype)[:, 16 : 16 + rank]
-    made = outer(x, z)
+    made = outer(x, z, (width,))
     assert made.dtype == torch.float32
     magnitude = x.abs().double().T @ z.abs().double()
     assert bool(((made - x.double().T @ z.double()).abs() <= magnitude * rows**0.5 * 2**-20).all())
-    assert torch.equal(made, outer(x, z))
+    assert torch.equal(made, outer(x, z, (width,)))
     half = width // 2
-    torch.testing.assert_close(outer(x[:, half:], z), reference_outer(x[:, half:], z), rtol=1e-4, atol=rows**0.5 * 1e-4)
+    side, widths = x[:, half:], (width - half,)
+    made, expected = outer(side, z, widths), reference_outer(side, z, widths)
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=rows**0.5 * 1e-4)
+
+
+@pytest.mark.parametrize("widths", [(4096, 4096, 4096), (11008, 11008), (4096, 1024, 1024), (896, 128, 128)])
+def test_low_rank_gradients_of_joint_layers(widths: tuple[int, ...]) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(5003, sum(widths), generator=generator, device="cuda").bfloat16()
+    z = torch.randn(5003, 16 * len(widths), generator=generator, device="cuda").bfloat16()
+    made, parts = outer(x, z, widths), zip(x.split(widths, dim=1), z.split(16, dim=1), strict=True)
+    exact = torch.cat([part.double().T @ thin.double() for part, thin in parts])
+    torch.testing.assert_close(made.double(), exact, rtol=1e-4, atol=5003**0.5 * 1e-5)
