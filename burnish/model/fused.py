@@ -22,6 +22,7 @@ from burnish.model.blocks import Block, Norm, Pass
 from burnish.model.factors import Factors, Slots
 from burnish.model.families import DecoderConfig
 from burnish.model.fused_pass import FusedPass, Parts, Trunk, joints_of
+from burnish.model.graphed import Graphs, Recorder
 from burnish.model.joint import Joint, lay_side_by_side
 from burnish.model.shelf import HostMemory, Plan, Shelf
 
@@ -36,6 +37,7 @@ class FusedBlocks:
         self._slots = Slots(self._joints)
         self._own = _own_parameters(self.trunk)
         self._factors: dict[str, Factors] = {}
+        self.graphs: Graphs | None = None
 
     def takes(self, adapter: str | None, training: bool) -> bool:
         """Whether the model with this adapter is one that can be run by hand: LoRA without dropout, or none."""
@@ -47,10 +49,15 @@ class FusedBlocks:
     ) -> Float[Tensor, "T D"]:
         """The stream after all blocks and the last norm, differentiable in x, factors and trained weights."""
         factors = self.prepare(adapter, x_TD.dtype)
-        run = FusedPass(self.trunk, given, factors, x_TD.dtype)
         candidates = self._own if factors is None else [*factors.parameters, *self._own]
         parameters = [parameter for parameter in candidates if parameter.requires_grad]
-        if torch.is_grad_enabled() and (x_TD.requires_grad or parameters):
+        goes_back = torch.is_grad_enabled() and (x_TD.requires_grad or len(parameters) > 0)
+        if self.graphs is not None:
+            hidden_TD = self.graphs(x_TD, given, factors, parameters, plan if goes_back else None)
+            if hidden_TD is not None:
+                return hidden_TD
+        run = FusedPass(self.trunk, given, factors, x_TD.dtype)
+        if goes_back:
             run.shelf = Shelf(plan, self.host)
             return cast(Tensor, _Blocks.apply(run, x_TD, *parameters))
         return run.forward(x_TD)
@@ -75,8 +82,14 @@ class FusedBlocks:
             for joint in joints_of(part).values():
                 joint.hold = number < num_blocks
 
+    def use_graphs(self) -> None:
+        """Replay CUDA graphs from now on, where the host is slower than the device (`model/graphed.py`)."""
+        self.graphs = Graphs(self.trunk, self.host, Recorder(self.host.device))
+
     def release(self) -> None:
         """Give back what is only held to save time: it is made again when it is needed."""
+        if self.graphs is not None:
+            self.graphs.release()
         for joint in self._joints:
             joint.release()
 

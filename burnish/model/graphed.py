@@ -1,0 +1,396 @@
+"""CUDA graphs of the fused pass: where the host is slower than the device, a pass is recorded once, then replayed.
+
+A recording is for one key: what a pass takes from the host. So that batches share keys, a ragged one is padded: with
+one more sequence, of zeros, whose gradient is 0, so that it adds 0 to every sum; and with sequences of no tokens, whose
+programs FlashAttention 2 ends before they read anything: `if (m_block * kBlockM >= binfo.actual_seqlen_q) return`, and
+the same for keys in its backward pass.
+
+What waits between a recording's halves is in memory that all recordings of a lane share: one after the other they need
+as much as the largest. A lane is taken from the forward half to the end of the backward half. Who comes in between
+takes the next lane, memory that two passes at once would need in any case, or runs without a recording.
+"""
+
+import weakref
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from operator import is_
+from typing import Any, NamedTuple, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from burnish.model.blocks import Pass, Table
+from burnish.model.factors import Factors
+from burnish.model.families import DecoderConfig
+from burnish.model.fused_pass import FusedPass, Trunk
+from burnish.model.shelf import HostMemory, Plan, Shelf
+
+ROWS = 256
+"""Tokens are padded to a multiple of so many, or of an eighth of the next power of two."""
+SEQUENCES = 8
+"""Sequences are padded to a power of two, at least so many."""
+MAX_RECORDINGS = 8
+"""Kept at a time; the one not used for longest makes room."""
+MAX_ATTEMPTS = 32
+"""Recordings made before no more are: each takes the time of three or four passes, and batches may go on to differ."""
+LANES = 2
+"""Passes between their halves at the same time, as the policy and the value model of PPO are."""
+HOST_SECONDS = 1e-3
+"""What the host takes to launch the forward pass of a block."""
+RATE, FP8_RATE = 600e12, 1200e12
+"""Operations a second on Hopper. A slower device gets recordings where it would not need them: no harm."""
+MARGIN = 2**30
+"""Bytes that stay free on the device when a recording has been made."""
+
+_copy_all = torch._foreach_copy_  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+
+
+class Key(NamedTuple):
+    """What a recorded pass is made for. Batches are padded to it."""
+
+    tokens: int
+    sequences: int
+    longest: int
+    """A bound on the longest sequence."""
+    even: bool
+    dtype: torch.dtype
+    factors: Factors | None
+    """By identity: the recording multiplies with these very copies."""
+    wants_x: bool
+    plan: Plan | None
+    """None: there is no backward half."""
+
+
+def host_bound(config: DecoderConfig, tokens: int, longest: int, fp8: bool) -> bool:
+    """Whether the device is done with a block's forward pass before the host has launched it, by a closed form.
+
+    Device: 2 operations for each token and weight, and 4 for each query's channel and key, of which it sees half;
+    all at 600e12 operations a second, twice that in 8 bits. Host: a millisecond a block. The backward pass takes both
+    of them a few times as long.
+    """
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    weights = config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
+    operations = tokens * (2 * weights + 2 * min(longest, tokens) * queries)
+    return operations < HOST_SECONDS * (FP8_RATE if fp8 else RATE)
+
+
+class Recorder:
+    """Makes CUDA graphs of steps, on a stream of its own: for each new stream PyTorch would keep a matmul workspace."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def new_pool(self) -> Any:
+        """Memory for recordings that are never at work at the same time."""
+        return torch.cuda.graph_pool_handle()
+
+    @contextmanager
+    def aside(self) -> Generator[None]:
+        """Work on the other stream, after all work so far and before all that follows."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
+
+    def record(self, step: Callable[[], None], pool: Any) -> Callable[[], None]:
+        """What repeats all that the step launches. All its kernels must have been loaded before."""
+        graph = torch.cuda.CUDAGraph()
+        with self.aside():
+            # Other threads may go on using the device: those that load data, say.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                step()
+            finally:
+                graph.capture_end()
+        return graph.replay
+
+    def allocated(self) -> int:
+        """Bytes of tensors on the device."""
+        return torch.cuda.memory_allocated(self._device)
+
+    def reserved(self) -> int:
+        """Bytes that the allocator holds."""
+        return torch.cuda.memory_reserved(self._device)
+
+    def free(self) -> int:
+        """Bytes that a recording can get: it cannot make the allocator give back what is cached, so this does."""
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self._device)[0]
+
+
+class Graphs:
+    """The recordings of one model's passes."""
+
+    def __init__(self, trunk: Trunk, host: HostMemory, recorder: Recorder) -> None:
+        self._trunk, self._host, self._recorder = trunk, host, recorder
+        self.release()
+
+    def release(self) -> None:
+        """Give back all memory, and begin anew."""
+        self._recordings: dict[Key, Recording] = {}
+        self._gradients: dict[Factors, Gradients] = {}
+        self._lanes = [Lane(self._recorder.new_pool()) for _ in range(LANES)]
+        self._seen: set[int] = set()
+        self._attempts = MAX_ATTEMPTS
+
+    def __call__(
+        self,
+        x_TD: Float[Tensor, "T D"],
+        given: Pass,
+        factors: Factors | None,
+        parameters: Sequence[nn.Parameter],
+        plan: Plan | None,
+    ) -> Float[Tensor, "T D"] | None:
+        """The hidden states, differentiable where there is a plan; None where the pass must run as it is.
+
+        `parameters` are those that get a gradient.
+        """
+        if not self._takes(x_TD, given, factors, parameters, plan):
+            return None
+        recording = self._recording(_key(x_TD, given, factors, plan), x_TD, given)
+        if recording is None or recording.lane.busy:
+            return None
+        if plan is None:
+            with torch.no_grad():
+                return recording.forward(x_TD, given)
+        return cast(Tensor, _Replayed.apply(recording, given, x_TD, *parameters))
+
+    def _takes(
+        self, x: Tensor, given: Pass, factors: Factors | None, parameters: Sequence[nn.Parameter], plan: Plan | None
+    ) -> bool:
+        layout = given.layout
+        assert layout is not None
+        if layout.rows is not None or layout.keys is not None:
+            return False
+        # Gradients of base weights would be there twice. Copies to the host wait for events, which are made anew.
+        if plan is not None and (any(plan.host) or not _are(parameters, factors)):
+            return False
+        return len(x) > 0 and host_bound(self._trunk.config, len(x), layout.longest, self._trunk.fp8)
+
+    def _recording(self, key: Key, x: Tensor, given: Pass) -> "Recording | None":
+        """That of the key, made when the key comes for the second time, if it can be."""
+        recording = self._recordings.pop(key, None)
+        if recording is None:
+            known = hash(key) in self._seen
+            self._seen.add(hash(key))
+            lane = next((lane for lane in self._lanes if not lane.busy), None)
+            if not known or lane is None or self._attempts == 0:
+                return None
+            self._attempts -= 1
+            self._make_room(key)
+            with torch.inference_mode(False), torch.no_grad():
+                recording = self._record(key, lane, x, given)
+            if recording is None:
+                self._attempts = 0
+                return None
+        self._recordings[key] = recording  # the last one used is the last one here
+        return recording
+
+    def _record(self, key: Key, lane: "Lane", x: Tensor, given: Pass) -> "Recording | None":
+        """None where memory does not suffice: twice what waits between the halves, less what the lane has already."""
+        recorder, gradients = self._recorder, None
+        if key.plan is not None:
+            assert key.factors is not None
+            if key.factors not in self._gradients:
+                self._gradients[key.factors] = Gradients(key.factors.parameters)
+            gradients = self._gradients[key.factors]
+        recording = Recording(key, (self._trunk, self._host, gradients), lane, x, given)
+        with recorder.aside():
+            before = recorder.allocated()
+            recording.run_forward()
+            waiting = recorder.allocated() - before
+            recording.run_backward()
+        if 2 * waiting + MARGIN - lane.size > recorder.free():
+            return None
+        before = recorder.reserved()
+        recording.record(recorder)
+        lane.size += recorder.reserved() - before
+        return recording
+
+    def _make_room(self, key: Key) -> None:
+        """Drop recordings of factors that have been replaced, and the one not used for longest if there are many."""
+        for other in list(self._recordings):
+            theirs, ours = other.factors, key.factors
+            if theirs is not None and ours is not None and theirs is not ours and theirs.name == ours.name:
+                del self._recordings[other]
+                self._gradients.pop(theirs, None)
+        while len(self._recordings) >= MAX_RECORDINGS:
+            del self._recordings[next(iter(self._recordings))]
+        for lane in self._lanes:
+            # A pool without a recording is given back: PyTorch takes its handle no more.
+            if all(recording.lane is not lane for recording in self._recordings.values()):
+                lane.pool, lane.size = self._recorder.new_pool(), 0
+
+
+class Lane:
+    """The memory of recordings of which at most one is between its halves."""
+
+    def __init__(self, pool: Any) -> None:
+        self.pool = pool
+        self.size = 0
+        """Bytes of the pool."""
+        self._flight: weakref.ref[Flight] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a pass that is between its halves may still go on."""
+        flight = None if self._flight is None else self._flight()
+        return flight is not None and not flight.landed
+
+    def take(self) -> "Flight":
+        """Taken until the flight has landed or nobody holds it any more."""
+        flight = Flight()
+        self._flight = weakref.ref(flight)
+        return flight
+
+
+class Flight:
+    """A pass between its halves."""
+
+    landed = False
+
+
+class Gradients:
+    """The gradients of an adapter in one tensor, which one launch copies."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.shapes = [parameter.shape for parameter in parameters]
+        self.sizes = [parameter.numel() for parameter in parameters]
+        self.ids = [id(parameter) for parameter in parameters]
+        first = parameters[0]
+        self.flat = torch.zeros(sum(self.sizes), dtype=first.dtype, device=first.device)
+        self.parts = self._split(self.flat)
+
+    def copy(self) -> list[Tensor]:
+        """As they are now: the next replay does not touch them."""
+        return self._split(self.flat.clone())
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        return [part.view(shape) for part, shape in zip(flat.split(self.sizes), self.shapes, strict=True)]
+
+
+class Recording:
+    """The buffers of a pass for one key, and its two halves over them."""
+
+    def __init__(
+        self, key: Key, parts: tuple[Trunk, HostMemory, Gradients | None], lane: Lane, x: Tensor, given: Pass
+    ) -> None:
+        assert given.layout is not None
+        self.key, self.lane = key, lane
+        self._trunk, self._host, self._gradients = parts
+        self._stream = x.new_zeros(key.tokens, x.shape[1])
+        """x on the way in; on the way back its gradient."""
+        self._hidden = torch.zeros_like(self._stream)
+        """The hidden states on the way out; on the way back their gradient."""
+        self._starts = given.layout.starts.new_zeros(key.sequences + 1)
+        self._tables: tuple[Table, ...] = tuple(
+            (cos.new_zeros(key.tokens, cos.shape[1]), sin.new_zeros(key.tokens, sin.shape[1]))
+            for cos, sin in given.tables
+        )
+        layout = given.layout._replace(starts=self._starts, longest=key.longest)
+        self._given = Pass(self._tables, layout)
+        self._run: FusedPass | None = None
+        self._replays: list[Callable[[], None]] = []
+        self._fill(x, given)
+
+    def record(self, recorder: Recorder) -> None:
+        """Have both halves recorded; they have run before."""
+        halves = (self.run_forward, self.run_backward)[: 1 if self.key.plan is None else 2]
+        self._replays = [recorder.record(half, self.lane.pool) for half in halves]
+
+    def run_forward(self) -> None:
+        """The first half, launch by launch."""
+        run = FusedPass(self._trunk, self._given, self.key.factors, self.key.dtype)
+        if self.key.plan is not None:
+            run.shelf, run.wants_x = Shelf(self.key.plan, self._host), self.key.wants_x
+            self._run = run
+        self._hidden.copy_(run.forward(self._stream))
+
+    def run_backward(self) -> None:
+        """The second half, launch by launch; nothing where there is none."""
+        run, self._run = self._run, None
+        if run is None:
+            return
+        assert self._gradients is not None
+        dx = run.backward(self._hidden)
+        if dx is not None:
+            self._stream.copy_(dx)
+        _copy_all(self._gradients.parts, [run.gradients[number] for number in self._gradients.ids])
+
+    def forward(self, x: Tensor, given: Pass) -> Tensor:
+        """The hidden states, the caller's own."""
+        self._fill(x, given)
+        self._replays[0]()
+        return self._hidden[: len(x)].clone()
+
+    def backward(self, dh: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+        """The gradients of x and of the factors, the caller's own."""
+        assert self._gradients is not None
+        _lay(self._hidden, dh)
+        self._replays[1]()
+        return self._stream[: len(dh)].clone() if self.key.wants_x else None, self._gradients.copy()
+
+    def _fill(self, x: Tensor, given: Pass) -> None:
+        assert given.layout is not None
+        _lay(self._stream, x)
+        for ours, theirs in zip(self._tables, given.tables, strict=True):
+            for buffer, table in zip(ours, theirs, strict=True):
+                buffer[: len(x)].copy_(table)  # beyond it any numbers will do
+        starts = given.layout.starts
+        self._starts[len(starts) :].fill_(self.key.tokens)
+        self._starts[: len(starts)].copy_(starts)
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recording: Recording, given: Pass, x: Tensor, *parameters: nn.Parameter) -> Tensor:
+        ctx.recording, ctx.flight = recording, recording.lane.take()
+        return recording.forward(x, given)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        flight: Flight = ctx.flight
+        if flight.landed:
+            raise RuntimeError("a second backward pass: what the first one needed is not kept")
+        recording: Recording = ctx.recording
+        dx, gradients = recording.backward(grads[0])
+        flight.landed = True
+        return None, None, dx, *gradients
+
+
+def _key(x: Tensor, given: Pass, factors: Factors | None, plan: Plan | None) -> Key:
+    layout = given.layout
+    assert layout is not None
+    tokens, sequences, longest = len(x), len(layout.starts) - 1, layout.longest
+    if not layout.even:  # kernels for even batches take no padding
+        step = max(ROWS, _power_of_two(tokens) // 8)
+        padded = -(-tokens // step) * step
+        sequences = max(SEQUENCES, _power_of_two(sequences + (padded > tokens)))
+        # By powers of four from that of the padding on: the kernels' programs beyond a sequence's end do nothing.
+        bound = step
+        while bound < longest:
+            bound *= 4
+        tokens, longest = padded, bound
+    return Key(tokens, sequences, longest, layout.even, x.dtype, factors, plan is not None and x.requires_grad, plan)
+
+
+def _are(parameters: Sequence[nn.Parameter], factors: Factors | None) -> bool:
+    """Whether these are the factors, all of one dtype."""
+    if factors is None or len(parameters) != len(factors.parameters):
+        return False
+    return all(map(is_, parameters, factors.parameters)) and len({part.dtype for part in parameters}) == 1
+
+
+def _lay(buffer: Tensor, rows: Tensor) -> None:
+    """The rows, and zeros where there are none."""
+    buffer[: len(rows)].copy_(rows)
+    buffer[len(rows) :].zero_()
+
+
+def _power_of_two(count: int) -> int:
+    """The first that is not smaller."""
+    return 1 << (count - 1).bit_length()
