@@ -40,9 +40,10 @@ def prepared(folder: Path, storage: str, targets: str | tuple[str, ...] = "all-l
     model = load_model(folder, storage)
     randomize(model)
     if storage != "full":
-        add_adapter(model, "a", AdapterSpec(rank=rank, alpha=2.0 * rank, targets=targets), torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        add_adapter(model, "a", AdapterSpec(rank=rank, alpha=2.0 * rank, targets=targets), generator)
         for parameter in adapter_parameters(model, "a").values():
-            torch.nn.init.normal_(parameter, std=0.3)
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
     return model
 
 
