@@ -169,7 +169,9 @@ class RunSettings(Settings):
         "backward pass. `auto`: what is free; `least`: as little as can be, at the price of time.",
     )
     compile: Literal["auto", "on", "off"] = Field(
-        default="auto", description="Compile the decoder block; `auto`: on cuda only."
+        default="auto",
+        description="Compile the decoder block; `auto`: on cuda only. There, with `run.memory=auto`, CUDA graphs are "
+        "replayed as well where the host would be slower than the device; `off`: neither.",
     )
 
     @property

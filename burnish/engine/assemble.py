@@ -100,6 +100,9 @@ def lay_out(decoder: Decoder, run: RunSettings, mesh: Mesh, states: float = 8.0)
     by_hand = mesh.world == 1 and ((half and runs_kernels(mesh.device)) or run.fp8)
     if by_hand and decoder.fuse_blocks(run.fp8):
         decoder.planner = lambda: plan_of(decoder, run, states, mesh.device)
+        # Their memory is not in the plan: where an amount was asked for, it must be kept to.
+        if decoder.fused is not None and run.compile != "off" and run.memory == "auto" and mesh.device.type == "cuda":
+            decoder.fused.use_graphs()
     elif run.fp8:
         reason = f"{mesh.world} ranks" if mesh.world > 1 else f"the blocks of a {decoder.config.architecture}"
         raise ValueError(f"run.dtype=fp8: 8-bit matmuls are not there for {reason}: leave it out")
