@@ -34,7 +34,7 @@ RAGGED = ((300, 17, 1, 200, 5), (290, 300), (700,), (257, 256, 255), (600, 1, 1,
 def opened(folder: Path, storage: str = "bf16", dtype: str = "auto") -> tuple[Decoder, str]:
     run = RunSettings(device="cuda", compile="off", dtype=dtype)
     settings = ModelSettings(path=str(folder), storage=storage)
-    model, name = open_model(Start(folder), settings, AdapterSettings(), run, Mesh(torch.device("cuda")))
+    model, name = open_model(Start(folder), settings, AdapterSettings(kind="lora"), run, Mesh(torch.device("cuda")))
     assert name is not None
     for key, parameter in adapter_parameters(model, name).items():
         parameter.data.normal_(0, 0.05, generator=torch.Generator("cuda").manual_seed(len(key)))
