@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportUnboundVariable=false
 """The gate of an MLP, forward and backward, with the low-rank parts around it: the twin of `ops.gate`.
 
 A program takes a block of rows and a span of columns, which it walks in chunks. So every large matrix is read once and
@@ -20,9 +20,10 @@ _ROWS, _WARPS = 64, 4
 """To a block of rows. Each block reads all low-rank weights again, from L2: with rank 16 that is 135 MB in all for
 8,192 rows of 11,008, where gate and up are 360 MB. Triton gives each warp 16 rows of a product that another product
 reads: more warps than rows / 16 would repeat each other's work."""
-_FORWARD_REGISTERS = 168
-"""The most that leave room for three programs on a multiprocessor, with a chunk under way in each; at rank 16 it would
-take 171. Backward two programs, whose chunks are larger, need all there are."""
+_FORWARD_STAGES, _BACKWARD_STAGES = 3, 2
+"""Chunks under way at once: their loads, of the low-rank weights too, are asynchronous copies into shared memory, which
+leaves room for three programs on a multiprocessor forward, and two backward. Of high ranks one chunk is enough to fill
+it."""
 _LEAST_COLUMNS = 256
 """No span is shorter: a program reads its low-rank rows, and writes its partial results, once for a span."""
 _MOST_SUMMED = 64
@@ -49,15 +50,17 @@ def gate(
     assert all(each is None or each.is_contiguous() for each in (gu, xa, Bg, Bu, A_down))
     rank_in, rank_out = 0 if Bg is None else Bg.shape[1], 0 if A_down is None else len(A_down)
     summed = 0 < rank_out <= _MOST_SUMMED
-    plan = _plan(num_rows, inner, max(rank_in, rank_out))
+    rank = max(rank_in, rank_out)
+    plan = _plan(num_rows, inner, rank)
     h = torch.empty((num_rows, inner), dtype=gu.dtype, device=gu.device)
     sums = _partial(gu, plan, rank_out) if summed else None
     with _on(gu):
         if num_rows:
             _forward[(plan.spans, triton.cdiv(num_rows, _ROWS))](
-                gu, xa, Bg, Bu, A_down if summed else None, h, sums, num_rows, inner, plan.chunks,
-                SILU=activation == "silu", RANK_IN=rank_in, RANK_OUT=rank_out if summed else 0,
-                ROWS=_ROWS, COLUMNS=plan.columns, num_warps=_WARPS, num_stages=2, maxnreg=_FORWARD_REGISTERS,
+                gu, xa, Bg, Bu, A_down if summed else None, h, sums, num_rows, plan.chunks,
+                INNER=inner, SILU=activation == "silu", RANK_IN=rank_in, RANK_OUT=rank_out if summed else 0,
+                ROWS=_ROWS, COLUMNS=plan.columns, num_warps=_WARPS,
+                STAGES=_FORWARD_STAGES if rank <= _MOST_SUMMED else 1,
             )  # fmt: skip
         if sums is not None:
             return h, _added(sums, gu.dtype)
@@ -79,14 +82,16 @@ def gate_backward(
     assert all(each is None or each.is_contiguous() for each in (dh, gu, dha, A_down, xa, Bg, Bu))
     rank_in, rank_out = 0 if Bg is None else Bg.shape[1], 0 if A_down is None else len(A_down)
     summed = 0 < rank_in <= _MOST_SUMMED
-    plan = _plan(num_rows, inner, max(rank_in, rank_out))
+    rank = max(rank_in, rank_out)
+    plan = _plan(num_rows, inner, rank)
     sums = _partial(gu, plan, 2 * rank_in) if summed else None
     with _on(gu):
         if num_rows:
             _backward[(plan.spans, triton.cdiv(num_rows, _ROWS))](
-                dh, gu, dha, A_down, xa, Bg, Bu, sums, num_rows, inner, plan.chunks,
-                SILU=activation == "silu", RANK_IN=rank_in, RANK_OUT=rank_out, SUMMED=summed,
-                ROWS=_ROWS, COLUMNS=plan.columns, num_warps=_WARPS, num_stages=2,
+                dh, gu, dha, A_down, xa, Bg, Bu, sums, num_rows, plan.chunks,
+                INNER=inner, SILU=activation == "silu", RANK_IN=rank_in, RANK_OUT=rank_out, SUMMED=summed,
+                ROWS=_ROWS, COLUMNS=plan.columns, num_warps=_WARPS,
+                STAGES=_BACKWARD_STAGES if rank <= _MOST_SUMMED else 1,
             )  # fmt: skip
         if sums is not None:
             return _added(sums, gu.dtype)
@@ -119,16 +124,17 @@ def _added(partial: Tensor, dtype: torch.dtype) -> Tensor:
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "chunks"])
 def _forward(
-    gu, xa, Bg, Bu, A_down, h, sums, num_rows, inner, chunks,
-    SILU: tl.constexpr, RANK_IN: tl.constexpr, RANK_OUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    gu, xa, Bg, Bu, A_down, h, sums, num_rows, chunks,
+    INNER: tl.constexpr, SILU: tl.constexpr, RANK_IN: tl.constexpr, RANK_OUT: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     span = tl.program_id(0)
     first = tl.program_id(1) * ROWS
     # 64 bits for where the block begins, 32 within it.
-    gu += first.to(tl.int64) * 2 * inner
-    h += first.to(tl.int64) * inner
+    gu += first.to(tl.int64) * 2 * INNER
+    h += first.to(tl.int64) * INNER
     row = tl.arange(0, ROWS)
     exists = first + row < num_rows
     if RANK_IN:
@@ -136,40 +142,38 @@ def _forward(
         xu = _low_rank_rows(xa + RANK_IN, first, row, exists, 2 * RANK_IN, RANK_IN)
     if RANK_OUT:
         ha = tl.zeros((ROWS, RANK_OUT), tl.float32)
-    begin, end = span * chunks * COLUMNS, min((span + 1) * chunks * COLUMNS, inner)
-    next_g = _tile(gu, row, exists, 2 * inner, begin, end, COLUMNS)
-    next_u = _tile(gu + inner, row, exists, 2 * inner, begin, end, COLUMNS)
-    for start in range(begin, end, COLUMNS):
-        g, u = next_g.to(tl.float32), next_u.to(tl.float32)
-        # The next chunk is under way while this one is worked on.
-        next_g = _tile(gu, row, exists, 2 * inner, start + COLUMNS, end, COLUMNS)
-        next_u = _tile(gu + inner, row, exists, 2 * inner, start + COLUMNS, end, COLUMNS)
+    begin, end = span * chunks * COLUMNS, tl.minimum((span + 1) * chunks * COLUMNS, INNER)
+    for start in tl.range(begin, end, COLUMNS, num_stages=STAGES):
         column = start + tl.arange(0, COLUMNS)
-        inside = column < end
+        inside = (column < INNER) | (INNER % COLUMNS == 0)
+        mask = exists[:, None] & inside[None, :]
+        here = gu + row[:, None] * (2 * INNER) + column[None, :]
+        g = tl.load(here, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(here + INNER, mask=mask, other=0.0).to(tl.float32)
         if RANK_IN:
             g = tl.dot(xg, tl.trans(_thin(Bg, column, inside, RANK_IN)), acc=g, input_precision="ieee")
             u = tl.dot(xu, tl.trans(_thin(Bu, column, inside, RANK_IN)), acc=u, input_precision="ieee")
         g = g.to(gu.dtype.element_ty).to(tl.float32)
         u = u.to(gu.dtype.element_ty).to(tl.float32)
         made = (g * _share(g, SILU) * u).to(h.dtype.element_ty)
-        tl.store(h + row[:, None] * inner + column[None, :], made, mask=exists[:, None] & inside[None, :])
+        tl.store(h + row[:, None] * INNER + column[None, :], made, mask=mask)
         if RANK_OUT:
-            ha = tl.dot(made, tl.trans(_wide(A_down, column, inside, inner, RANK_OUT)), acc=ha, input_precision="ieee")
+            ha = tl.dot(made, tl.trans(_wide(A_down, column, inside, INNER, RANK_OUT)), acc=ha, input_precision="ieee")
     if RANK_OUT:
         sums += (span.to(tl.int64) * num_rows + first) * RANK_OUT
         tl.store(sums + row[:, None] * RANK_OUT + tl.arange(0, RANK_OUT)[None, :], ha, mask=exists[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "chunks"])
 def _backward(
-    dh, gu, dha, A_down, xa, Bg, Bu, sums, num_rows, inner, chunks,
-    SILU: tl.constexpr, RANK_IN: tl.constexpr, RANK_OUT: tl.constexpr, SUMMED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    dh, gu, dha, A_down, xa, Bg, Bu, sums, num_rows, chunks,
+    INNER: tl.constexpr, SILU: tl.constexpr, RANK_IN: tl.constexpr, RANK_OUT: tl.constexpr, SUMMED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     span = tl.program_id(0)
     first = tl.program_id(1) * ROWS
-    gu += first.to(tl.int64) * 2 * inner
-    dh += first.to(tl.int64) * inner
+    gu += first.to(tl.int64) * 2 * INNER
+    dh += first.to(tl.int64) * INNER
     row = tl.arange(0, ROWS)
     exists = first + row < num_rows
     if RANK_IN:
@@ -180,36 +184,33 @@ def _backward(
     if SUMMED:
         dxg = tl.zeros((ROWS, RANK_IN), tl.float32)
         dxu = tl.zeros((ROWS, RANK_IN), tl.float32)
-    begin, end = span * chunks * COLUMNS, min((span + 1) * chunks * COLUMNS, inner)
-    next_g = _tile(gu, row, exists, 2 * inner, begin, end, COLUMNS)
-    next_u = _tile(gu + inner, row, exists, 2 * inner, begin, end, COLUMNS)
-    next_d = _tile(dh, row, exists, inner, begin, end, COLUMNS)
-    for start in range(begin, end, COLUMNS):
-        # What is read ahead lies beyond what this turn writes, so that working in place is safe; within a chunk a
-        # thread writes where it read itself, or after an exchange through shared memory that waits for all reads.
-        g, u, d = next_g.to(tl.float32), next_u.to(tl.float32), next_d.to(tl.float32)
-        next_g = _tile(gu, row, exists, 2 * inner, start + COLUMNS, end, COLUMNS)
-        next_u = _tile(gu + inner, row, exists, 2 * inner, start + COLUMNS, end, COLUMNS)
-        next_d = _tile(dh, row, exists, inner, start + COLUMNS, end, COLUMNS)
+    begin, end = span * chunks * COLUMNS, tl.minimum((span + 1) * chunks * COLUMNS, INNER)
+    for start in tl.range(begin, end, COLUMNS, num_stages=STAGES):
+        # What is read ahead lies beyond what this turn writes, and a chunk is whole in shared memory before its turn:
+        # working in place is safe.
         column = start + tl.arange(0, COLUMNS)
-        inside = column < end
+        inside = (column < INNER) | (INNER % COLUMNS == 0)
         mask = exists[:, None] & inside[None, :]
+        here = gu + row[:, None] * (2 * INNER) + column[None, :]
+        there = dh + row[:, None] * INNER + column[None, :]
+        g = tl.load(here, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(here + INNER, mask=mask, other=0.0).to(tl.float32)
+        d = tl.load(there, mask=mask, other=0.0).to(tl.float32)
         if RANK_IN:
             bg, bu = _thin(Bg, column, inside, RANK_IN), _thin(Bu, column, inside, RANK_IN)
             g = tl.dot(xg, tl.trans(bg), acc=g, input_precision="ieee")
             u = tl.dot(xu, tl.trans(bu), acc=u, input_precision="ieee")
         if RANK_OUT:
-            d = tl.dot(low, _wide(A_down, column, inside, inner, RANK_OUT), acc=d, input_precision="ieee")
+            d = tl.dot(low, _wide(A_down, column, inside, INNER, RANK_OUT), acc=d, input_precision="ieee")
         g = g.to(gu.dtype.element_ty).to(tl.float32)
         u = u.to(gu.dtype.element_ty).to(tl.float32)
         share = _share(g, SILU)
         opened = g * share
         dg = (d * u * _slope(g, share, SILU)).to(gu.dtype.element_ty)
         du = (d * opened).to(gu.dtype.element_ty)
-        place = row[:, None] * (2 * inner) + column[None, :]
-        tl.store(gu + place, dg, mask=mask)
-        tl.store(gu + inner + place, du, mask=mask)
-        tl.store(dh + row[:, None] * inner + column[None, :], (opened * u).to(dh.dtype.element_ty), mask=mask)
+        tl.store(here, dg, mask=mask)
+        tl.store(here + INNER, du, mask=mask)
+        tl.store(there, (opened * u).to(dh.dtype.element_ty), mask=mask)
         if SUMMED:
             dxg = tl.dot(dg, bg, acc=dxg, input_precision="ieee")
             dxu = tl.dot(du, bu, acc=dxu, input_precision="ieee")
@@ -218,14 +219,6 @@ def _backward(
         place = row[:, None] * (2 * RANK_IN) + tl.arange(0, RANK_IN)[None, :]
         tl.store(sums + place, dxg, mask=exists[:, None])
         tl.store(sums + RANK_IN + place, dxu, mask=exists[:, None])
-
-
-@triton.jit
-def _tile(x, row, exists, width, start, end, COLUMNS: tl.constexpr):
-    """These rows of x, columns `start` and on; 0 from `end` on."""
-    column = start + tl.arange(0, COLUMNS)
-    mask = exists[:, None] & (column < end)[None, :]
-    return tl.load(x + row[:, None] * width + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -255,7 +248,8 @@ def _share(g, SILU: tl.constexpr):
     z = g
     if not SILU:
         z = 1.5957691216057308 * (g + 0.044715 * g * g * g)
-    return 1.0 / (1.0 + tl.exp(-z))
+    root = tl.rsqrt(1.0 + tl.exp(-z))  # one instruction, where a division is eight
+    return root * root
 
 
 @triton.jit
