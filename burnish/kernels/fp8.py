@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from burnish.kernels.nf4 import block_scales, level_of
+from burnish.kernels.bytes import chosen, swapped, turned, word_of
+from burnish.kernels.nf4 import block_scales
 
 _LONGEST = 2**15  # values of a row that one program holds in registers
 _STAYS = 3 * 2**13  # as many with as many scales of columns beside them
@@ -90,22 +91,22 @@ def nf4_to_fp8(
 ) -> Tensor:
     """`made`, filled with the values of the codes / w_scale[:, None].
 
-    `parts` and `tables` are those of `kernels.nf4.dequantise`; the sides of the weight are multiples of 16.
+    `parts` and `tables` are those of `kernels.nf4.dequantise`; a row is whole blocks, and rows are a multiple of 4.
     """
     codes, scales, nested = parts
-    rows, columns = shape
-    given = (codes.view(torch.int32), scales, nested, *tables, w_scale_O)
-    counts = (rows, columns, max(nested.numel() - 1, 0))
+    rows, blocks = shape[0], shape[1] // 64
+    given = (codes.view(torch.int32), scales, nested, *tables, w_scale_O, made.view(torch.int32))
+    counts = (rows, blocks, max(nested.numel() - 1, 0))
     double = nested.numel() > 0
     with _on(codes):
         if transposed:
-            _nf4_transposed[(triton.cdiv(rows, 128), triton.cdiv(columns, 128))](
-                *given, made.view(torch.int32), *counts, made.stride(0) // 4, DOUBLE=double, ROWS=128, COLUMNS=128,
-                num_warps=8, enable_fp_fusion=False,
+            _nf4_transposed[(triton.cdiv(rows, 128), triton.cdiv(blocks, 2))](
+                *given, *counts, made.stride(0) // 4, DOUBLE=double, ROWS=128, BLOCKS=2, num_warps=4,
+                enable_fp_fusion=False,
             )  # fmt: skip
         else:
-            _nf4[(triton.cdiv(columns, 256), triton.cdiv(rows, 16))](
-                *given, made, *counts, DOUBLE=double, ROWS=16, COLUMNS=256, num_warps=4, enable_fp_fusion=False
+            _nf4[(triton.cdiv(rows * blocks, 128),)](
+                *given, *counts, DOUBLE=double, BLOCKS=128, num_warps=4, enable_fp_fusion=False
             )
     return made
 
@@ -217,56 +218,75 @@ def _dense_transposed(w, w_scale, made, rows, columns, stride, pitch, ROWS: tl.c
 
 @triton.jit
 def _nf4(
-    codes, scales, nested, levels, scale_levels, w_scale, made, rows, columns, num_nested,
-    DOUBLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    codes, scales, nested, levels, scale_levels, w_scale, made, rows, blocks, num_nested,
+    DOUBLE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    n = tl.arange(0, ROWS * COLUMNS // 8)
-    first_row = tl.program_id(1) * ROWS
-    row = first_row + n // (COLUMNS // 8)
-    column = tl.program_id(0) * COLUMNS + n % (COLUMNS // 8) * 8
-    value = _nf4_values(
-        codes, scales, nested, levels, scale_levels, w_scale, first_row, row, column, rows, columns, num_nested, DOUBLE
-    )
-    here = (row < rows) & (column < columns)
-    place = (row.to(tl.int64) * columns + column)[:, None] + tl.arange(0, 8)[None, :]
-    tl.store(made + place, value.to(tl.float8e4nv), mask=here[:, None])
+    """A row is `blocks` blocks of 64 values."""
+    first = tl.program_id(0).to(tl.int64) * BLOCKS
+    block = tl.arange(0, BLOCKS)
+    number = tl.program_id(0) * BLOCKS + block
+    here = number < rows * blocks
+    place = block[:, None] * 8 + tl.arange(0, 8)[None, :]
+    packed = tl.load(codes + first * 8 + place, mask=here[:, None], other=0, eviction_policy="evict_first")
+    scale = block_scales(scales, nested, scale_levels, number, here, num_nested, DOUBLE)
+    factor = reciprocal(w_scale, number // blocks, rows)
+    low, high = _bytes_of(packed, levels, scale[:, None], factor[:, None])
+    words = tl.join(swapped(low), swapped(high)).reshape(BLOCKS, 16)
+    place = block[:, None] * 16 + tl.arange(0, 16)[None, :]
+    tl.store(made + first * 16 + place, words, mask=here[:, None])
 
 
 @triton.jit
 def _nf4_transposed(
-    codes, scales, nested, levels, scale_levels, w_scale, made, rows, columns, num_nested, pitch,
-    DOUBLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    codes, scales, nested, levels, scale_levels, w_scale, made, rows, blocks, num_nested, pitch,
+    DOUBLE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Four rows at a time become the bytes of one word, so that the tile is turned around in words."""
-    n = tl.arange(0, ROWS // 4 * (COLUMNS // 8))
-    first_row = tl.program_id(0) * ROWS
-    row = first_row + n // (COLUMNS // 8) * 4
-    column = tl.program_id(1) * COLUMNS + n % (COLUMNS // 8) * 8
-    packed = tl.zeros((ROWS // 4 * (COLUMNS // 8), 8), tl.int32)
-    for k in tl.static_range(4):
-        value = _nf4_values(
-            codes, scales, nested, levels, scale_levels, w_scale, first_row, row + k, column, rows, columns, num_nested,
-            DOUBLE,
-        )  # fmt: skip
-        packed |= _as_byte(value) << (8 * k)
-    packed = packed.reshape(ROWS // 4, COLUMNS)
     four = tl.program_id(0) * (ROWS // 4) + tl.arange(0, ROWS // 4)
-    _store_transposed(packed, made, four, tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), rows, columns, pitch)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    given = codes, scales, nested, levels, scale_levels, w_scale
+    low_0, high_0 = _row_of_bytes(given, four * 4, block, rows, blocks, num_nested, DOUBLE)
+    low_1, high_1 = _row_of_bytes(given, four * 4 + 1, block, rows, blocks, num_nested, DOUBLE)
+    low_2, high_2 = _row_of_bytes(given, four * 4 + 2, block, rows, blocks, num_nested, DOUBLE)
+    low_3, high_3 = _row_of_bytes(given, four * 4 + 3, block, rows, blocks, num_nested, DOUBLE)
+    w1, w0, w3, w2 = turned(low_0, low_1, low_2, low_3)
+    w5, w4, w7, w6 = turned(high_0, high_1, high_2, high_3)
+    even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
+    odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
+    packed = tl.join(even, odd).reshape(ROWS // 4, BLOCKS * 64)
+    column = tl.program_id(1) * (BLOCKS * 64) + tl.arange(0, BLOCKS * 64)
+    _store_transposed(packed, made, four, column, rows, blocks * 64, pitch)
 
 
 @triton.jit
-def _nf4_values(
-    codes, scales, nested, levels, scale_levels, w_scale, first_row, row, column, rows, columns, num_nested,
-    DOUBLE: tl.constexpr,
-):  # fmt: skip
-    """The 8 values from each of these places on, over the scale of their row."""
-    here = (row < rows) & (column < columns)
-    base = first_row.to(tl.int64) * columns  # of whole blocks, since 16 divides both
-    place = (row - first_row) * columns + column
-    packed = tl.load(codes + (base >> 3) + (place >> 3), mask=here, other=0, eviction_policy="evict_first")
-    scale = block_scales(scales, nested, scale_levels, (base >> 6) + (place >> 6), here, num_nested, DOUBLE)
-    value = level_of(packed[:, None], levels) * scale[:, None]
-    return value * reciprocal(w_scale, row, rows)[:, None]
+def _row_of_bytes(given, row, block, rows, blocks, num_nested, DOUBLE: tl.constexpr):
+    """`_bytes_of` the words [rows, blocks, 8] of these blocks."""
+    codes, scales, nested, levels, scale_levels, w_scale = given
+    here = (row < rows)[:, None] & (block < blocks)[None, :]
+    number = row.to(tl.int64)[:, None] * blocks + block[None, :]
+    place = number[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    packed = tl.load(codes + place, mask=here[:, :, None], other=0, eviction_policy="evict_first")
+    scale = block_scales(scales, nested, scale_levels, number, here, num_nested, DOUBLE)
+    return _bytes_of(packed, levels, scale[:, :, None], reciprocal(w_scale, row, rows)[:, None, None])
+
+
+@triton.jit
+def _bytes_of(packed, levels, scale, factor):
+    """The e4m3 bytes of the 8 codes of each word, four to a word. In each byte of codes the first is the high half:
+    bytes 0 and 1 are exchanged, and so are 2 and 3.
+
+    A block has 16 values. They are made once, by two threads, which then pick theirs.
+    """
+    t0, t1 = _four_levels(levels, scale, factor), _four_levels(levels + 4, scale, factor)
+    t2, t3 = _four_levels(levels + 8, scale, factor), _four_levels(levels + 12, scale, factor)
+    return chosen(packed, t0, t1, t2, t3)
+
+
+@triton.jit
+def _four_levels(levels, scale, factor):
+    a, b = tl.load(levels) * scale * factor, tl.load(levels + 1) * scale * factor
+    c, d = tl.load(levels + 2) * scale * factor, tl.load(levels + 3) * scale * factor
+    return word_of(a, b, c, d)
 
 
 @triton.jit

@@ -128,8 +128,9 @@ def nf4_to_fp8(
     transposed: bool,
     out: Float[Tensor, "..."] | None = None,
 ) -> Float[Tensor, "..."]:
-    """`dense_to_fp8` of what the codes stand for: on a GPU no dense weight lies in between."""
-    if _has_kernels(codes.device) and _in_tiles(shape) and codes.data_ptr() % 16 == 0:
+    """`dense_to_fp8` of what the codes stand for: on a GPU no dense weight lies between rows of whole blocks and it."""
+    in_blocks = shape[0] % 16 == 0 and shape[1] % BLOCK == 0
+    if _has_kernels(codes.device) and in_blocks and codes.data_ptr() % 16 == 0:
         from burnish.kernels.fp8 import nf4_to_fp8 as kernel
 
         made = _given(out, shape, transposed, codes.device)

@@ -5,12 +5,14 @@ import torch
 
 from burnish.kernels import fp8 as kernels
 from burnish.ops import fp8, nf4
+from tests.kernels.byte_picking import plain_bytes
 from tests.kernels.casts import right_casts
 
-__all__ = ["right_casts"]
+__all__ = ["plain_bytes", "right_casts"]
 pytestmark = pytest.mark.usefixtures("right_casts")
 DTYPES = [torch.bfloat16, torch.float16]
 SHAPES = [(16, 16), (48, 80), (144, 208), (32, 528)]
+IN_BLOCKS = [(16, 64), (48, 192), (144, 576)]
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -84,7 +86,8 @@ def test_a_dense_weight_becomes_the_references_bytes(
 
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", IN_BLOCKS)
+@pytest.mark.usefixtures("plain_bytes")
 def test_nf4_becomes_the_references_bytes(shape: tuple[int, int], transposed: bool, double: bool) -> None:
     parts = nf4.quantise(normal(*shape) * 0.02, double)
     scale = fp8.nf4_weight_scale(*parts, shape)
@@ -95,11 +98,12 @@ def test_nf4_becomes_the_references_bytes(shape: tuple[int, int], transposed: bo
     assert equal(made, fp8.nf4_to_fp8(*parts, shape, scale, transposed))
 
 
+@pytest.mark.usefixtures("plain_bytes")
 def test_transposed_weights_lie_side_by_side_in_one() -> None:
-    shape = (48, 80)
+    shape = (48, 128)
     w = normal(*shape, dtype=torch.bfloat16)
     parts, scale = nf4.quantise(w.float()), fp8.weight_scale(w)
-    whole = poisoned((32 + 2 * 48, 80), transposed=True)
+    whole = poisoned((32 + 2 * 48, 128), transposed=True)
     kernels.dense_to_fp8(w, scale, True, whole[:, 16:64])
     given = (parts.codes, *nf4.kernel_scales(parts.scales, parts.nested))
     kernels.nf4_to_fp8(given, nf4.tables(w.device), shape, scale, True, whole[:, 64:112])
