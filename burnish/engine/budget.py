@@ -173,15 +173,15 @@ def make_plan(sizes: Sizes, num_blocks: int, room: int, host_room: int, fill: bo
 def peak_bytes(plan: Plan, sizes: Sizes) -> int:
     """The most bytes of activations and working memory at once: while the head runs, or the backward pass of a block.
 
-    While a block runs, all of its own tensors are there, what is kept of those before it, and what of two others is on
+    While a block runs, all of its own tensors are there, what is kept of those before it, and what of another one is on
     its way to the host or back.
     """
     kept = [sum(sizes.saved[name] for name in names) for names in plan.kept]
-    away = [0, 0, *(sum(sizes.saved[name] for name in names) for names in plan.host)]
+    away = [0, *(sum(sizes.saved[name] for name in names) for names in plan.host)]
     total, before = sum(kept), 0
-    peak = total + away[-1] + away[-2] + sizes.head
+    peak = total + away[-1] + sizes.head
     for block, own in enumerate(kept):
-        peak = max(peak, before + away[block] + away[block + 1] + _at_work(sizes))
+        peak = max(peak, before + away[block] + _at_work(sizes))
         before += own
     waiting = sizes.passes * len(kept) * sizes.small + (sizes.passes - 1) * total
     return peak + waiting + plan.dense_blocks * sizes.decoded

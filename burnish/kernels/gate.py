@@ -22,12 +22,11 @@ _ROWS, _WARPS = 64, 4
 reads: more warps than rows / 16 would repeat each other's work."""
 _FORWARD_STAGES, _BACKWARD_STAGES = 3, 2
 """Chunks under way at once: their loads, of the low-rank weights too, are asynchronous copies into shared memory, which
-leaves room for three programs on a multiprocessor forward, and two backward. Of high ranks one chunk is enough to fill
-it."""
+leaves room for three programs on a multiprocessor forward, and two backward."""
 _LEAST_COLUMNS = 256
 """No span is shorter: a program reads its low-rank rows, and writes its partial results, once for a span."""
 _MOST_SUMMED = 64
-"""Higher ranks leave no registers for sums: cuBLAS makes these products, reading its long side once more."""
+"""Higher ranks leave no registers for sums: cuBLAS makes their products, in passes of their own."""
 _ADDED = 1024
 """Sums that a program adds up over the spans."""
 
@@ -46,12 +45,13 @@ def gate(
     gu: Tensor, xa: Tensor | None, Bg: Tensor | None, Bu: Tensor | None, A_down: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor | None]:
     """(h, h A_downᵀ)."""
+    if Bg is not None and Bg.shape[1] > _MOST_SUMMED:
+        gu, xa, Bg, Bu = _with_products(gu.clone(), xa, Bg, Bu), None, None, None
     num_rows, inner = len(gu), gu.shape[1] // 2
     assert all(each is None or each.is_contiguous() for each in (gu, xa, Bg, Bu, A_down))
     rank_in, rank_out = 0 if Bg is None else Bg.shape[1], 0 if A_down is None else len(A_down)
     summed = 0 < rank_out <= _MOST_SUMMED
-    rank = max(rank_in, rank_out)
-    plan = _plan(num_rows, inner, rank)
+    plan = _plan(num_rows, inner, max(rank_in, rank_out if summed else 0))
     h = torch.empty((num_rows, inner), dtype=gu.dtype, device=gu.device)
     sums = _partial(gu, plan, rank_out) if summed else None
     with _on(gu):
@@ -59,8 +59,7 @@ def gate(
             _forward[(plan.spans, triton.cdiv(num_rows, _ROWS))](
                 gu, xa, Bg, Bu, A_down if summed else None, h, sums, num_rows, plan.chunks,
                 INNER=inner, SILU=activation == "silu", RANK_IN=rank_in, RANK_OUT=rank_out if summed else 0,
-                ROWS=_ROWS, COLUMNS=plan.columns, num_warps=_WARPS,
-                STAGES=_FORWARD_STAGES if rank <= _MOST_SUMMED else 1,
+                ROWS=_ROWS, COLUMNS=plan.columns, STAGES=_FORWARD_STAGES, num_warps=_WARPS,
             )  # fmt: skip
         if sums is not None:
             return h, _added(sums, gu.dtype)
@@ -80,22 +79,34 @@ def gate_backward(
     """[dg Bg | du Bu]; [dg | du] is written over gu, and h over dh."""
     num_rows, inner = dh.shape
     assert all(each is None or each.is_contiguous() for each in (dh, gu, dha, A_down, xa, Bg, Bu))
+    if A_down is not None and dha is not None and len(A_down) > _MOST_SUMMED:
+        dh.addmm_(dha, A_down)
+        dha, A_down = None, None
+    if Bg is not None and Bu is not None and Bg.shape[1] > _MOST_SUMMED:
+        _with_products(gu, xa, Bg, Bu)
+        gate_backward(dh, gu, dha, A_down, None, None, None, activation)
+        return torch.cat([gu[:, :inner] @ Bg, gu[:, inner:] @ Bu], dim=1)
     rank_in, rank_out = 0 if Bg is None else Bg.shape[1], 0 if A_down is None else len(A_down)
-    summed = 0 < rank_in <= _MOST_SUMMED
-    rank = max(rank_in, rank_out)
-    plan = _plan(num_rows, inner, rank)
-    sums = _partial(gu, plan, 2 * rank_in) if summed else None
+    plan = _plan(num_rows, inner, max(rank_in, rank_out))
+    sums = _partial(gu, plan, 2 * rank_in) if rank_in else None
     with _on(gu):
         if num_rows:
             _backward[(plan.spans, triton.cdiv(num_rows, _ROWS))](
                 dh, gu, dha, A_down, xa, Bg, Bu, sums, num_rows, plan.chunks,
-                INNER=inner, SILU=activation == "silu", RANK_IN=rank_in, RANK_OUT=rank_out, SUMMED=summed,
-                ROWS=_ROWS, COLUMNS=plan.columns, num_warps=_WARPS,
-                STAGES=_BACKWARD_STAGES if rank <= _MOST_SUMMED else 1,
+                INNER=inner, SILU=activation == "silu", RANK_IN=rank_in, RANK_OUT=rank_out,
+                ROWS=_ROWS, COLUMNS=plan.columns, STAGES=_BACKWARD_STAGES, num_warps=_WARPS,
             )  # fmt: skip
-        if sums is not None:
-            return _added(sums, gu.dtype)
-    return None if Bg is None or Bu is None else torch.cat([gu[:, :inner] @ Bg, gu[:, inner:] @ Bu], dim=1)
+        return None if sums is None else _added(sums, gu.dtype)
+
+
+def _with_products(gu: Tensor, xa: Tensor | None, Bg: Tensor, Bu: Tensor | None) -> Tensor:
+    """gu with the low-rank parts of high rank added in place, by cuBLAS."""
+    assert xa is not None
+    assert Bu is not None
+    rank = Bg.shape[1]
+    for half, low, B in zip(gu.chunk(2, dim=1), xa.split(rank, dim=1), (Bg, Bu), strict=True):
+        half.addmm_(low, B.T)
+    return gu
 
 
 def _plan(num_rows: int, inner: int, rank: int) -> _Plan:
@@ -167,8 +178,8 @@ def _forward(
 @triton.jit(do_not_specialize=["num_rows", "chunks"])
 def _backward(
     dh, gu, dha, A_down, xa, Bg, Bu, sums, num_rows, chunks,
-    INNER: tl.constexpr, SILU: tl.constexpr, RANK_IN: tl.constexpr, RANK_OUT: tl.constexpr, SUMMED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    INNER: tl.constexpr, SILU: tl.constexpr, RANK_IN: tl.constexpr, RANK_OUT: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     span = tl.program_id(0)
     first = tl.program_id(1) * ROWS
@@ -181,7 +192,7 @@ def _backward(
         xu = _low_rank_rows(xa + RANK_IN, first, row, exists, 2 * RANK_IN, RANK_IN)
     if RANK_OUT:
         low = _low_rank_rows(dha, first, row, exists, RANK_OUT, RANK_OUT)
-    if SUMMED:
+    if RANK_IN:
         dxg = tl.zeros((ROWS, RANK_IN), tl.float32)
         dxu = tl.zeros((ROWS, RANK_IN), tl.float32)
     begin, end = span * chunks * COLUMNS, tl.minimum((span + 1) * chunks * COLUMNS, INNER)
@@ -211,10 +222,10 @@ def _backward(
         tl.store(here, dg, mask=mask)
         tl.store(here + INNER, du, mask=mask)
         tl.store(there, (opened * u).to(dh.dtype.element_ty), mask=mask)
-        if SUMMED:
+        if RANK_IN:
             dxg = tl.dot(dg, bg, acc=dxg, input_precision="ieee")
             dxu = tl.dot(du, bu, acc=dxu, input_precision="ieee")
-    if SUMMED:
+    if RANK_IN:
         sums += (span.to(tl.int64) * num_rows + first) * (2 * RANK_IN)
         place = row[:, None] * (2 * RANK_IN) + tl.arange(0, RANK_IN)[None, :]
         tl.store(sums + place, dxg, mask=exists[:, None])

@@ -187,4 +187,4 @@ def test_a_training_step_peaks_where_the_estimate_says(tmp_path: Path, memory: s
     estimate = peak_bytes(plan, sizes) + gradients
     print(f"{memory}, fp8={fp8}: measured {peak / 2**20:.0f} MiB, estimated {estimate / 2**20:.0f} MiB")
     assert peak <= 1.1 * estimate + (64 << 20)
-    assert peak >= 0.6 * estimate
+    assert peak >= 0.5 * estimate
