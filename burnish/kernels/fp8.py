@@ -100,8 +100,8 @@ def nf4_to_fp8(
     double = nested.numel() > 0
     with _on(codes):
         if transposed:
-            _nf4_transposed[(triton.cdiv(rows, 128), triton.cdiv(blocks, 2))](
-                *given, *counts, made.stride(0) // 4, DOUBLE=double, ROWS=128, BLOCKS=2, num_warps=4,
+            _nf4_transposed[(triton.cdiv(rows, 64), triton.cdiv(blocks, 4))](
+                *given, *counts, made.stride(0) // 4, DOUBLE=double, ROWS=64, BLOCKS=4, num_warps=4,
                 enable_fp_fusion=False,
             )  # fmt: skip
         else:

@@ -20,9 +20,8 @@ _ROWS, _WARPS = 64, 4
 """To a block of rows. Each block reads all low-rank weights again, from L2: with rank 16 that is 135 MB in all for
 8,192 rows of 11,008, where gate and up are 360 MB. Triton gives each warp 16 rows of a product that another product
 reads: more warps than rows / 16 would repeat each other's work."""
-_FORWARD_STAGES, _BACKWARD_STAGES = 3, 2
-"""Chunks under way at once: their loads, of the low-rank weights too, are asynchronous copies into shared memory, which
-leaves room for three programs on a multiprocessor forward, and two backward."""
+_STAGES = 3
+"""Chunks under way at once: their loads, of the low-rank weights too, are asynchronous copies into shared memory."""
 _LEAST_COLUMNS = 256
 """No span is shorter: a program reads its low-rank rows, and writes its partial results, once for a span."""
 _MOST_SUMMED = 64
@@ -59,7 +58,7 @@ def gate(
             _forward[(plan.spans, triton.cdiv(num_rows, _ROWS))](
                 gu, xa, Bg, Bu, A_down if summed else None, h, sums, num_rows, plan.chunks,
                 INNER=inner, SILU=activation == "silu", RANK_IN=rank_in, RANK_OUT=rank_out if summed else 0,
-                ROWS=_ROWS, COLUMNS=plan.columns, STAGES=_FORWARD_STAGES, num_warps=_WARPS,
+                ROWS=_ROWS, COLUMNS=plan.columns, STAGES=_STAGES, num_warps=_WARPS,
             )  # fmt: skip
         if sums is not None:
             return h, _added(sums, gu.dtype)
@@ -94,7 +93,7 @@ def gate_backward(
             _backward[(plan.spans, triton.cdiv(num_rows, _ROWS))](
                 dh, gu, dha, A_down, xa, Bg, Bu, sums, num_rows, plan.chunks,
                 INNER=inner, SILU=activation == "silu", RANK_IN=rank_in, RANK_OUT=rank_out,
-                ROWS=_ROWS, COLUMNS=plan.columns, STAGES=_BACKWARD_STAGES, num_warps=_WARPS,
+                ROWS=_ROWS, COLUMNS=plan.columns, STAGES=_STAGES, num_warps=_WARPS,
             )  # fmt: skip
         return None if sums is None else _added(sums, gu.dtype)
 
