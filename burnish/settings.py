@@ -336,8 +336,8 @@ class TrainingSettings(Settings):
             )
         if self.run.fp8 and self.model.storage.startswith("full"):
             raise ValueError(
-                f"run.dtype=fp8 multiplies with frozen weights, and model.storage={self.model.storage} trains them: leave it "
-                "out, or train an adapter"
+                f"run.dtype=fp8 multiplies with frozen weights, and model.storage={self.model.storage} trains them: "
+                "leave it out, or train an adapter"
             )
         if self.run.step_tokens < self.run.microbatch_tokens:
             raise ValueError(

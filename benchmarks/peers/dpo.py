@@ -42,6 +42,7 @@ def main(words: list[str]) -> None:
     config = DPOConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=asked.pairs,
+        gradient_accumulation_steps=1,  # Unsloth's own default is 2
         max_steps=asked.turns * (asked.warm_up + asked.timed),
         bf16=True,
         use_cpu=not on_card,

@@ -64,6 +64,7 @@ def settings_of(asked: SimpleNamespace, on_card: bool) -> dict[str, object]:
         return {}
     given: dict[str, object] = {
         "per_device_train_batch_size": asked.batch,
+        "gradient_accumulation_steps": 1,  # Unsloth's own default is 2
         "bf16": True,
         "optim": asked.optimizer if on_card else "adamw_torch",
         "learning_rate": 1e-4,

@@ -51,7 +51,10 @@ def test_compiled_equals_eager(tmp_path, storage, checkpointing):
     curves = []
     for compile in ("off", "on"):
         torch.compiler.reset()
-        tree = {"model": {"storage": storage}, "run": {"compile": compile, "memory": "least" if checkpointing else "auto"}}
+        tree = {
+            "model": {"storage": storage},
+            "run": {"compile": compile, "memory": "least" if checkpointing else "auto"},
+        }
         settings = build(TrainingSettings, tree)
         mesh = Mesh(torch.device("cuda"))
         model, adapter = open_model(Start(folder), settings.model, settings.adapter, settings.run, mesh)
