@@ -8,11 +8,10 @@ low-rank parts of the layers that will read h. With both done here, LoRA costs n
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from burnish.kernels import has_triton
+from burnish.ops import takes_kernel, wide_dtype
 from burnish.ops.fp8 import Quantised, quantise_rows
 
 
@@ -81,7 +80,7 @@ def add_norm(
     """
     assert y_TD is not None or xa_TR is None
     assert (xa_TR is None) == (B_DR is None)
-    if not _has_kernel(x_TD):
+    if not takes_kernel(x_TD):
         return reference_add_norm(x_TD, y_TD, xa_TR, B_DR, gain, A_RD, fp8)
     from burnish.kernels.add_norm import add_norm as kernel
 
@@ -95,7 +94,7 @@ def norm_again(
     x_TD: Float[Tensor, "T D"], rstd_T: Float[Tensor, " T"], gain: Gain, fp8: bool
 ) -> tuple[Float[Tensor, "T D"] | None, Quantised | None]:
     """(h, None), or (None, h in 8 bits): what `add_norm` gave, bit for bit, from what it kept."""
-    if not _has_kernel(x_TD):
+    if not takes_kernel(x_TD):
         return reference_norm_again(x_TD, rstd_T, gain, fp8)
     from burnish.kernels.add_norm import norm_again as kernel
 
@@ -114,7 +113,7 @@ def add_norm_backward(given: NormBackward, gain: Gain, wants_weight: bool) -> No
     time.
     """
     assert (given.dha is None) == (given.A is None)
-    if not _has_kernel(given.dh):
+    if not takes_kernel(given.dh):
         return reference_add_norm_backward(given, gain, wants_weight)
     from burnish.kernels.add_norm import add_norm_backward as kernel
 
@@ -132,7 +131,7 @@ def reference_add_norm(
     fp8: bool,
 ) -> Normed:
     """`add_norm` in plain PyTorch: what the kernel is held to."""
-    wide, dtype = _wide(x_TD), x_TD.dtype
+    wide, dtype = wide_dtype(x_TD), x_TD.dtype
     if y_TD is not None:
         total_TD = x_TD.to(wide) + y_TD.to(wide)
         if xa_TR is not None and B_DR is not None:
@@ -156,7 +155,7 @@ def reference_norm_again(
 
 def reference_add_norm_backward(given: NormBackward, gain: Gain, wants_weight: bool) -> NormGradient:
     """`add_norm_backward` in plain PyTorch: what the kernel is held to."""
-    wide = _wide(given.dh)
+    wide = wide_dtype(given.dh)
     g_TD = given.dh.to(wide)
     if given.dha is not None and given.A is not None:
         g_TD = g_TD + (given.dha.to(wide) @ given.A.to(wide)).to(given.dh.dtype)
@@ -176,16 +175,8 @@ def reference_add_norm_backward(given: NormBackward, gain: Gain, wants_weight: b
 
 
 def _normed(x_TD: Tensor, rstd_T: Tensor, gain: Gain) -> Tensor:
-    wide = _wide(x_TD)
+    wide = wide_dtype(x_TD)
     # In this order the largest |h| of a row is rstd times its largest |x · gain|, exactly: the kernel knows the scale
     # of the 8 bits before it has made a single h.
     scaled_TD = x_TD.to(wide) * (gain.weight.to(wide) + gain.offset)
     return (scaled_TD * rstd_T.unsqueeze(1)).to(x_TD.dtype)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _has_kernel(x: Tensor) -> bool:
-    return x.is_cuda and has_triton() and x.dtype in (torch.bfloat16, torch.float16)

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from burnish.ops import wide_dtype
 from burnish.ops.pointwise import soft_cap
 from burnish.types import Batch
 
@@ -221,7 +222,7 @@ def rotate(
     """x with its pairs (i, i + c) turned by the table's angles (Su et al. 2021); channels from 2c on are left alone."""
     cos, sin = (part[:, None, :] for part in table)
     half = cos.shape[-1]
-    first, second = (x.to(_wide(x_THC)) for x in (x_THC[..., :half], x_THC[..., half : 2 * half]))
+    first, second = (x.to(wide(x_THC)) for x in (x_THC[..., :half], x_THC[..., half : 2 * half]))
     rest = x_THC[..., 2 * half :]
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_THC.dtype)
     return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
@@ -295,11 +296,7 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=grouped)
     scores = soft_cap(q @ k.transpose(-1, -2) * scale, softcap)
-    return torch.where(seen, scores, float("-inf")).softmax(-1, dtype=_wide(q)).to(v.dtype) @ v
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.where(seen, scores, float("-inf")).softmax(-1, dtype=wide_dtype(q)).to(v.dtype) @ v
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None) -> Tensor:

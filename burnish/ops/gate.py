@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from burnish.kernels import has_triton
+from burnish.ops import takes_kernel, wide_dtype
 from burnish.ops.fp8 import Quantised, quantise_rows
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -72,7 +72,7 @@ def gate(
     g, u and h are computed in fp32, each rounded once to the dtype of gu; ha and the 8 bits are made of the rounded h.
     """
     assert (xa_TR is None) == (Bg_IR is None) == (Bu_IR is None)
-    if not _has_kernel(gu_TJ):
+    if not takes_kernel(gu_TJ):
         return reference_gate(gu_TJ, xa_TR, Bg_IR, Bu_IR, A_down_RI, activation, fp8)
     from burnish.kernels.gate import gate as kernel
 
@@ -92,7 +92,7 @@ def gate_backward(given: GateBackward, activation: Activation) -> GateGradient:
     """
     assert (given.dha is None) == (given.A_down is None)
     assert (given.xa is None) == (given.Bg is None) == (given.Bu is None)
-    if not _has_kernel(given.gu):
+    if not takes_kernel(given.gu):
         return reference_gate_backward(given, activation)
     from burnish.kernels.gate import gate_backward as kernel
 
@@ -111,7 +111,7 @@ def reference_gate(
     fp8: bool,
 ) -> Gated:
     """`gate` in plain PyTorch: what the kernel is held to."""
-    wide, dtype = _wide(gu_TJ), gu_TJ.dtype
+    wide, dtype = wide_dtype(gu_TJ), gu_TJ.dtype
     g_TI, u_TI = _pair(gu_TJ, xa_TR, Bg_IR, Bu_IR)
     opened_TI, _ = _activate(g_TI, activation)
     h_TI = (opened_TI * u_TI).to(dtype)
@@ -121,7 +121,7 @@ def reference_gate(
 
 def reference_gate_backward(given: GateBackward, activation: Activation) -> GateGradient:
     """`gate_backward` in plain PyTorch, in place too."""
-    wide, dtype = _wide(given.gu), given.gu.dtype
+    wide, dtype = wide_dtype(given.gu), given.gu.dtype
     d_TI = given.dh.to(wide)
     if given.dha is not None and given.A_down is not None:
         d_TI = d_TI + given.dha.to(wide) @ given.A_down.to(wide)
@@ -140,7 +140,7 @@ def reference_gate_backward(given: GateBackward, activation: Activation) -> Gate
 
 def _pair(gu_TJ: Tensor, xa_TR: Tensor | None, Bg_IR: Tensor | None, Bu_IR: Tensor | None) -> tuple[Tensor, Tensor]:
     """g and u: wide numbers, rounded to the dtype of gu."""
-    wide, dtype = _wide(gu_TJ), gu_TJ.dtype
+    wide, dtype = wide_dtype(gu_TJ), gu_TJ.dtype
     g_TI, u_TI = gu_TJ.to(wide).chunk(2, dim=1)
     if xa_TR is not None and Bg_IR is not None and Bu_IR is not None:
         xg_TR, xu_TR = xa_TR.to(wide).chunk(2, dim=1)
@@ -159,11 +159,3 @@ def _activate(g: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
     c = math.sqrt(8 / math.pi)
     open_ = torch.sigmoid(c * (g + 0.044715 * g * g * g))
     return g * open_, open_ + g * open_ * (1 - open_) * (c * (1 + 3 * 0.044715 * g * g))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _has_kernel(x: Tensor) -> bool:
-    return x.is_cuda and has_triton() and x.dtype in (torch.bfloat16, torch.float16)

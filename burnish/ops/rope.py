@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from burnish.kernels import has_triton
+from burnish.ops import takes_kernel, wide_dtype
 from burnish.ops.attention import rotate
 from burnish.ops.fp8 import Quantised, quantise_rows
 
@@ -57,12 +57,12 @@ def rope(
     """
     assert qkv.shape[1] == (heads.queries + 2 * heads.keys) * heads.width
     assert qkv.is_contiguous()
-    if _has_twin(qkv):
+    if takes_kernel(qkv):
         from burnish.kernels import rope as kernels
 
         kernels.rope(qkv, xa, Bs, bias, table, heads)
         return
-    y = qkv.to(_wide(qkv))
+    y = qkv.to(wide_dtype(qkv))
     if xa is not None and Bs is not None:
         parts = zip(xa.to(y.dtype).chunk(3, dim=1), Bs, strict=True)
         y = y + torch.cat([part @ B.to(y.dtype).T for part, B in parts], dim=1)
@@ -85,24 +85,16 @@ def rope_backward(
 
     The three may have any strides but 1 between channels. Turned in fp32, rounded once.
     """
-    if _has_twin(dq):
+    if takes_kernel(dq):
         from burnish.kernels import rope as kernels
 
         dqkv, dxa = kernels.rope_backward(dq, dk, dv, table, Bs)
         return RopeGradient(dqkv, dxa, None if w_scale is None else quantise_rows(dqkv, w_scale))
     cos, sin = table
-    turned = [rotate(d.to(_wide(d)), (cos, -sin)).to(d.dtype).flatten(1) for d in (dq, dk)]
+    turned = [rotate(d.to(wide_dtype(d)), (cos, -sin)).to(d.dtype).flatten(1) for d in (dq, dk)]
     parts = (*turned, dv.flatten(1))
     dqkv, dxa = torch.cat(parts, dim=1), None
     if Bs is not None:
-        wide = _wide(dq)
+        wide = wide_dtype(dq)
         dxa = torch.cat([d.to(wide) @ B.to(wide) for d, B in zip(parts, Bs, strict=True)], dim=1).to(dq.dtype)
     return RopeGradient(dqkv, dxa, None if w_scale is None else quantise_rows(dqkv, w_scale))
-
-
-def _has_twin(x: Tensor) -> bool:
-    return x.is_cuda and has_triton() and x.dtype in (torch.bfloat16, torch.float16)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

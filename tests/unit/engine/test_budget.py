@@ -159,7 +159,7 @@ def timeline(plan: Plan, sizes: Sizes) -> int:
     for block in range(last + 1):
         see(total)
         for place in list(device):
-            if place[0] < block - 1 and place[1] in plan.host[place[0]]:
+            if place[0] < block and place[1] in plan.host[place[0]]:
                 del device[place]
         device.update({(block, name): sizes.saved[name] for name in plan.kept[block] | plan.host[block]})
     see(sizes.head)
