@@ -222,7 +222,7 @@ def rotate(
     """x with its pairs (i, i + c) turned by the table's angles (Su et al. 2021); channels from 2c on are left alone."""
     cos, sin = (part[:, None, :] for part in table)
     half = cos.shape[-1]
-    first, second = (x.to(wide(x_THC)) for x in (x_THC[..., :half], x_THC[..., half : 2 * half]))
+    first, second = (x.to(wide_dtype(x_THC)) for x in (x_THC[..., :half], x_THC[..., half : 2 * half]))
     rest = x_THC[..., 2 * half :]
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_THC.dtype)
     return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
