@@ -48,10 +48,8 @@ class TrainedModelSettings(Settings):
     )
     template: str = Field(default="auto", description="The chat template; `auto`: the one of training.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto` is cuda where there is one.")
-    dtype: Literal["auto", "bf16", "fp32", "fp8"] = Field(
-        default="auto",
-        description="Of activations; `auto`: bf16 on cuda, fp32 on cpu. `fp8` is `auto` with matrix products of frozen "
-        "weights in 8-bit floats: faster on Hopper and later GPUs, a little less exact.",
+    dtype: Literal["auto", "bf16", "fp32"] = Field(
+        default="auto", description="Of activations; `auto`: bf16 on cuda, fp32 on cpu."
     )
 
 
@@ -165,13 +163,12 @@ class RunSettings(Settings):
     )
     memory: str = Field(
         default="auto",
-        description="Device memory that the run may take, as in `24GB`: what does not fit is computed again in the "
-        "backward pass. `auto`: what is free; `least`: as little as can be, at the price of time.",
+        description="What the run may take of the device, as in `24GB`: what does not fit is computed twice. `auto`: "
+        "what is free; `least`: as little as can be. Of blocks that only a compiler runs, an amount means `least`.",
     )
     compile: Literal["auto", "on", "off"] = Field(
         default="auto",
-        description="Compile the decoder block; `auto`: on cuda only. There, with `run.memory=auto`, CUDA graphs are "
-        "replayed as well where the host would be slower than the device; `off`: neither.",
+        description="Compile decoder blocks, and with run.memory=auto replay CUDA graphs; `auto`: on cuda; `off`: no.",
     )
 
     @property
@@ -338,6 +335,11 @@ class TrainingSettings(Settings):
             raise ValueError(
                 f"run.dtype=fp8 multiplies with frozen weights, and model.storage={self.model.storage} trains them: "
                 "leave it out, or train an adapter"
+            )
+        if self.run.fp8 and (self.adapter.kind not in ("auto", "lora") or self.adapter.dropout):
+            raise ValueError(
+                f"run.dtype=fp8 goes with LoRA without dropout, not with adapter.kind={self.adapter.kind} "
+                f"adapter.dropout={self.adapter.dropout}: leave it out, or write adapter.kind=lora adapter.dropout=0"
             )
         if self.run.step_tokens < self.run.microbatch_tokens:
             raise ValueError(

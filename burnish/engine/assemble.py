@@ -32,7 +32,7 @@ from burnish.model.decoder import Decoder
 from burnish.model.shelf import Plan
 from burnish.model.storage import Dense
 from burnish.ops import runs_kernels
-from burnish.optim.adamw import adamw
+from burnish.optim.adamw import adamw, state_bytes
 from burnish.optim.schedule import multiplier
 from burnish.settings import AdapterSettings, ModelSettings, OptimSettings, RunSettings, TrainingSettings
 
@@ -93,7 +93,7 @@ def lay_out(decoder: Decoder, run: RunSettings, mesh: Mesh, states: float = 8.0)
 
     `states` are the bytes that the optimizer will hold for each trained number.
     """
-    decoder.checkpointing = run.memory == "least"
+    decoder.checkpointing = run.memory != "auto"  # of blocks that are not run by hand an amount is taken for the least
     if run.compile == "on" or (run.compile == "auto" and mesh.device.type == "cuda"):
         decoder.compile_blocks()
     half = decoder.dtype in (torch.bfloat16, torch.float16)
@@ -103,6 +103,11 @@ def lay_out(decoder: Decoder, run: RunSettings, mesh: Mesh, states: float = 8.0)
         # Their memory is not in the plan: where an amount was asked for, it must be kept to.
         if decoder.fused is not None and run.compile != "off" and run.memory == "auto" and mesh.device.type == "cuda":
             decoder.fused.use_graphs()
+        wet = [name for name in adapter_names(decoder) if run.fp8 and not decoder.takes(name)]
+        if wet:  # one side of a comparison in 8 bits and the other not would differ from the start
+            raise ValueError(
+                f"run.dtype=fp8 goes with LoRA without dropout: the adapter {wet[0]} is none; leave it out"
+            )
     elif run.fp8:
         reason = f"{mesh.world} ranks" if mesh.world > 1 else f"the blocks of a {decoder.config.architecture}"
         raise ValueError(f"run.dtype=fp8: 8-bit matmuls are not there for {reason}: leave it out")
@@ -123,8 +128,10 @@ def plan_of(decoder: Decoder, run: RunSettings, states: float, device: torch.dev
         device=device.type,
     )
     trained = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
-    to_come = sum(parameter.numel() * (parameter.itemsize + states) for parameter in trained)
-    held = Held(in_use(device) if device.type == "cuda" else 0, round(to_come))
+    gradients = sum(parameter.nbytes for parameter in trained if parameter.grad is None)
+    to_come = gradients + sum(parameter.numel() for parameter in trained) * states - decoder.states_held()
+    here = sum(parameter.nbytes for parameter in decoder.parameters())
+    held = Held(in_use(device) if device.type == "cuda" else here, max(0, round(to_come)))
     sizes = sizes_of(decoder.config, work)
     return plan_for(sizes, len(decoder.config.layers), run.memory, held, device)
 
@@ -170,8 +177,9 @@ def save_trained(
             return
         here = Mesh(torch.device("cpu"))
         decoder, name = open_model(start, settings.model, settings.adapter, settings.run, here)
-        for key, parameter in trained_parameters(decoder, name).items():
-            parameter.data.copy_(trained[key])
+        with torch.no_grad():
+            for key, parameter in trained_parameters(decoder, name).items():
+                parameter.copy_(trained[key])
     if full:
         save_model(decoder, folder / "model", base, dtype=saved_dtype(settings))
     else:
@@ -196,6 +204,7 @@ def open_learner(decoder: Decoder, adapter: str | None, optim: OptimSettings, st
     """A learner over the adapter's weights, or over all weights when there is no adapter."""
     learner = learner_of(trained_parameters(decoder, adapter), optim, steps, mesh)
     learner.updated = partial(decoder.prepare, adapter)
+    decoder.states_held = partial(state_bytes, learner.optimizer)
     return learner
 
 

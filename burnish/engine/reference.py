@@ -31,7 +31,7 @@ from burnish.engine.mesh import Mesh
 from burnish.engine.roles import Role
 from burnish.engine.start import Start
 from burnish.model.checkpoint import base_fingerprint
-from burnish.settings import ModelSettings
+from burnish.settings import ModelSettings, RunSettings
 from burnish.types import PreferenceBatch
 from burnish.types import Sequence as TokenSequence
 
@@ -115,14 +115,16 @@ def remembered(
 
 
 def about_model(
-    start: Start, model: ModelSettings, dtype: torch.dtype, device: torch.device, seed: int
+    start: Start, model: ModelSettings, run: RunSettings, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
     """What decides the log-probs of the model that training starts from: weights, how they are kept, arithmetic."""
     parts: dict[str, Any] = {"storage": model.storage, "dtype": str(dtype), "device": device.type}
+    if run.fp8:
+        parts["fp8"] = True
     if model.storage == "nf4":
         parts["double_quant"] = model.double_quant
     if model.init == "random":
-        parts["base"] = hashlib.sha256((start.base / "config.json").read_bytes()).hexdigest() + f" {seed}"
+        parts["base"] = hashlib.sha256((start.base / "config.json").read_bytes()).hexdigest() + f" {run.seed}"
     else:
         parts["base"] = base_fingerprint(start.base)
     if start.adapter is not None:

@@ -256,7 +256,8 @@ class Run:
                 f"{newest.name}; resume with the same, or start anew with another run.folder"
             )
         for name, parameter in self.parameters.items():
-            parameter.data.copy_(laid_like(tensors["weights"][name], parameter.data))
+            with torch.no_grad():  # and not by way of .data, which leaves no trace that the weights have changed
+                parameter.copy_(laid_like(tensors["weights"][name], parameter.data))
         optimizer = {
             name: laid_like(tensor, self.parameters[name.rsplit(".", 1)[0]].data) if tensor.ndim else tensor
             for name, tensor in tensors["optimizer"].items()

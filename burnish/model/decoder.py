@@ -65,6 +65,8 @@ class Decoder(nn.Module):
         self.plan: Plan = keep_everything(len(config.layers))
         self.planner: Callable[[], Plan] | None = None
         """Gives the plan that the first pass with gradients makes its own, when all else is on the device."""
+        self.states_held: Callable[[], int] = lambda: 0
+        """Bytes that optimizers hold already: after a resume, say."""
         self.model = Trunk(config, weights)
         if config.tied:
             self.lm_head = Linear(_share(self.model.embed_tokens.weight))
@@ -155,6 +157,10 @@ class Decoder(nn.Module):
         if supported(self.config, blocks):
             self.fused = FusedBlocks(blocks, self.model.norm, self.config, fp8)
         return self.fused is not None
+
+    def takes(self, adapter: str | None) -> bool:
+        """Whether the blocks run by hand with this adapter, in training too."""
+        return self.fused is not None and self.fused.takes(adapter, training=True)
 
     def prepare(self, adapter: str | None) -> None:
         """Make ready what the next pass with this adapter would make ready first: for when weights have changed."""

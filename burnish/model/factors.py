@@ -50,6 +50,8 @@ class Factors:
         self.rank = -(-max(lora.rank for lora in present) // 16) * 16
         self.parameters = [parameter for lora in present for parameter in (lora.A, lora.B)]
         self.scales = [lora.scale for lora in present]
+        self.generation = 0
+        """How often the copies were made anew."""
         self._seen: list[tuple[int, int]] = []
         self._A: list[Tensor] = []
         self._B: list[Tensor] = []
@@ -67,6 +69,7 @@ class Factors:
         seen = [(parameter.data_ptr(), parameter._version) for parameter in self.parameters]
         if seen == self._seen:
             return
+        self.generation += 1
         A: list[Tensor] = [*self.parameters[0::2]]
         B: list[Tensor] = [*self.parameters[1::2]]
         with torch.no_grad():

@@ -52,15 +52,18 @@ class FusedBlocks:
         candidates = self._own if factors is None else [*factors.parameters, *self._own]
         parameters = [parameter for parameter in candidates if parameter.requires_grad]
         goes_back = torch.is_grad_enabled() and (x_TD.requires_grad or len(parameters) > 0)
+        num_tokens = len(x_TD)
         if self.graphs is not None:
-            hidden_TD = self.graphs(x_TD, given, factors, parameters, plan if goes_back else None)
+            about = (factors, parameters, plan if goes_back else None)
+            hidden_TD = self.graphs(x_TD, given, *about)
             if hidden_TD is not None:
                 return hidden_TD
+            x_TD, given = self.graphs.padded(x_TD, given, *about)
         run = FusedPass(self.trunk, given, factors, x_TD.dtype)
-        if goes_back:
-            run.shelf = Shelf(plan, self.host)
-            return cast(Tensor, _Blocks.apply(run, x_TD, *parameters))
-        return run.forward(x_TD)
+        if not goes_back:
+            return run.forward(x_TD)[:num_tokens]
+        run.shelf = Shelf(plan, self.host)
+        return cast(Tensor, _Blocks.apply(run, x_TD, *parameters))[:num_tokens]
 
     def prepare(self, adapter: str | None, dtype: torch.dtype) -> Factors | None:
         """The factors as they are multiplied with, made anew where they have changed; None where there are none.
@@ -69,11 +72,13 @@ class FusedBlocks:
         """
         present = self._slots.of(adapter)
         if adapter is None or not any(present):
+            self._factors.pop(adapter or "", None)
             return None
-        held = self._factors.get(adapter)
-        if held is None or held.dtype != dtype or held.adapters != present:
-            held = self._factors[adapter] = Factors(self._joints, present, adapter, dtype)
-        held.refresh()
+        with torch.inference_mode(False):  # later passes with gradients go on with the same copies
+            held = self._factors.get(adapter)
+            if held is None or held.dtype != dtype or held.adapters != present:
+                held = self._factors[adapter] = Factors(self._joints, present, adapter, dtype)
+            held.refresh()
         return held
 
     def hold_decoded(self, num_blocks: int) -> None:
@@ -111,6 +116,8 @@ class _Blocks(torch.autograd.Function):
         run: FusedPass | None = ctx.run
         if run is None:
             raise RuntimeError("a second backward pass: what the first one needed is not kept")
+        if run.factors is not None and run.factors.generation != run.generation:
+            raise RuntimeError("the adapter has changed between a forward pass and its backward pass")
         dx = run.backward(grads[0].contiguous())
         ctx.run = None
         return None, dx, *(run.gradients.get(id(parameter)) for parameter in ctx.parameters)

@@ -67,6 +67,7 @@ class FusedPass:
         self.heads = Heads(self.config.num_heads, self.config.num_kv_heads, self.config.head_dim)
         self.layout, self.tables, self.dtype = given.layout, given.tables, dtype
         self.factors = factors
+        self.generation = 0 if factors is None else factors.generation
         pairs = iter([None] * (len(JOINTS) * len(self.parts)) if factors is None else factors.pairs)
         self.lora: list[dict[str, Pair | None]] = [{name: next(pairs) for name in JOINTS} for _ in self.parts]
         self.shelf: Shelf | None = None
@@ -350,9 +351,10 @@ def _three(pair: Pair | None) -> tuple[Tensor, Tensor, Tensor] | None:
 
 
 def is_trained(joint: Joint) -> bool:
-    """Whether its weights get a gradient."""
-    weight = joint.weights[0]
-    return weight is not None and weight.requires_grad
+    """Whether its weights get a gradient: all of them, or none."""
+    trained = {weight is not None and weight.requires_grad for weight in joint.weights}
+    assert len(trained) == 1
+    return trained.pop()
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

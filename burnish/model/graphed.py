@@ -10,13 +10,12 @@ as much as the largest. A lane is taken from the forward half to the end of the 
 takes the next lane, memory that two passes at once would need in any case, or runs without a recording.
 """
 
-import weakref
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -25,6 +24,7 @@ from burnish.model.blocks import Pass, Table
 from burnish.model.factors import Factors
 from burnish.model.families import DecoderConfig
 from burnish.model.fused_pass import FusedPass, Trunk
+from burnish.model.recorder import Flight, Gradients, Lane, Recorder
 from burnish.model.shelf import HostMemory, Plan, Shelf
 
 ROWS = 256
@@ -76,56 +76,12 @@ def host_bound(config: DecoderConfig, tokens: int, longest: int, fp8: bool) -> b
     return operations < HOST_SECONDS * (FP8_RATE if fp8 else RATE)
 
 
-class Recorder:
-    """Makes CUDA graphs of steps, on a stream of its own: for each new stream PyTorch would keep a matmul workspace."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)
-
-    def new_pool(self) -> Any:
-        """Memory for recordings that are never at work at the same time."""
-        return torch.cuda.graph_pool_handle()
-
-    @contextmanager
-    def aside(self) -> Generator[None]:
-        """Work on the other stream, after all work so far and before all that follows."""
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            yield
-        current.wait_stream(self._stream)
-
-    def record(self, step: Callable[[], None], pool: Any) -> Callable[[], None]:
-        """What repeats all that the step launches. All its kernels must have been loaded before."""
-        graph = torch.cuda.CUDAGraph()
-        with self.aside():
-            # Other threads may go on using the device: those that load data, say.
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                step()
-            finally:
-                graph.capture_end()
-        return graph.replay
-
-    def allocated(self) -> int:
-        """Bytes of tensors on the device."""
-        return torch.cuda.memory_allocated(self._device)
-
-    def reserved(self) -> int:
-        """Bytes that the allocator holds."""
-        return torch.cuda.memory_reserved(self._device)
-
-    def free(self) -> int:
-        """Bytes that a recording can get: it cannot make the allocator give back what is cached, so this does."""
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(self._device)[0]
-
-
 class Graphs:
     """The recordings of one model's passes."""
 
     def __init__(self, trunk: Trunk, host: HostMemory, recorder: Recorder) -> None:
         self._trunk, self._host, self._recorder = trunk, host, recorder
+        self._attempts = MAX_ATTEMPTS
         self.release()
 
     def release(self) -> None:
@@ -134,7 +90,8 @@ class Graphs:
         self._gradients: dict[Factors, Gradients] = {}
         self._lanes = [Lane(self._recorder.new_pool()) for _ in range(LANES)]
         self._seen: set[int] = set()
-        self._attempts = MAX_ATTEMPTS
+        self._full = False
+        """Whether memory did not suffice for a recording."""
 
     def __call__(
         self,
@@ -158,6 +115,28 @@ class Graphs:
                 return recording.forward(x_TD, given)
         return cast(Tensor, _Replayed.apply(recording, given, x_TD, *parameters))
 
+    def padded(
+        self,
+        x_TD: Float[Tensor, "T D"],
+        given: Pass,
+        factors: Factors | None,
+        parameters: Sequence[nn.Parameter],
+        plan: Plan | None,
+    ) -> tuple[Float[Tensor, "P D"], Pass]:
+        """A pass that is not recorded, with the rows that its recording has or would have.
+
+        Matmuls of other sizes may add up in another order: the numbers of a batch must not depend on whether it has
+        been recorded yet.
+        """
+        if not self._takes(x_TD, given, factors, parameters, plan):
+            return x_TD, given
+        key, layout = _key(x_TD, given, factors, plan), given.layout
+        assert layout is not None
+        more = key.tokens - len(x_TD)
+        tables = tuple((F.pad(cos, (0, 0, 0, more)), F.pad(sin, (0, 0, 0, more))) for cos, sin in given.tables)
+        starts = F.pad(layout.starts, (0, key.sequences + 1 - len(layout.starts)), value=key.tokens)
+        return F.pad(x_TD, (0, 0, 0, more)), Pass(tables, layout._replace(starts=starts, longest=key.longest))
+
     def _takes(
         self, x: Tensor, given: Pass, factors: Factors | None, parameters: Sequence[nn.Parameter], plan: Plan | None
     ) -> bool:
@@ -177,14 +156,14 @@ class Graphs:
             known = hash(key) in self._seen
             self._seen.add(hash(key))
             lane = next((lane for lane in self._lanes if not lane.busy), None)
-            if not known or lane is None or self._attempts == 0:
+            if not known or lane is None or self._full or self._attempts == 0:
                 return None
             self._attempts -= 1
             self._make_room(key)
             with torch.inference_mode(False), torch.no_grad():
                 recording = self._record(key, lane, x, given)
             if recording is None:
-                self._attempts = 0
+                self._full = True
                 return None
         self._recordings[key] = recording  # the last one used is the last one here
         return recording
@@ -223,53 +202,6 @@ class Graphs:
             # A pool without a recording is given back: PyTorch takes its handle no more.
             if all(recording.lane is not lane for recording in self._recordings.values()):
                 lane.pool, lane.size = self._recorder.new_pool(), 0
-
-
-class Lane:
-    """The memory of recordings of which at most one is between its halves."""
-
-    def __init__(self, pool: Any) -> None:
-        self.pool = pool
-        self.size = 0
-        """Bytes of the pool."""
-        self._flight: weakref.ref[Flight] | None = None
-
-    @property
-    def busy(self) -> bool:
-        """Whether a pass that is between its halves may still go on."""
-        flight = None if self._flight is None else self._flight()
-        return flight is not None and not flight.landed
-
-    def take(self) -> "Flight":
-        """Taken until the flight has landed or nobody holds it any more."""
-        flight = Flight()
-        self._flight = weakref.ref(flight)
-        return flight
-
-
-class Flight:
-    """A pass between its halves."""
-
-    landed = False
-
-
-class Gradients:
-    """The gradients of an adapter in one tensor, which one launch copies."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.shapes = [parameter.shape for parameter in parameters]
-        self.sizes = [parameter.numel() for parameter in parameters]
-        self.ids = [id(parameter) for parameter in parameters]
-        first = parameters[0]
-        self.flat = torch.zeros(sum(self.sizes), dtype=first.dtype, device=first.device)
-        self.parts = self._split(self.flat)
-
-    def copy(self) -> list[Tensor]:
-        """As they are now: the next replay does not touch them."""
-        return self._split(self.flat.clone())
-
-    def _split(self, flat: Tensor) -> list[Tensor]:
-        return [part.view(shape) for part, shape in zip(flat.split(self.sizes), self.shapes, strict=True)]
 
 
 class Recording:

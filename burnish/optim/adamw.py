@@ -64,11 +64,20 @@ def restore_optimizer(
     for name, parameter in parameters.items():
         keys = [key for key in ("step", *_MOMENTS[False], *_MOMENTS[True]) if f"{name}.{key}" in tensors]
         state: dict[str, Any] = {key: tensors[f"{name}.{key}"].to(parameter.device) for key in keys}
+        eight = isinstance(optimizer, AdamW) and optimizer.keeps_8_bits(parameter)
+        if state and _MOMENTS[eight][0] not in state:
+            raise ValueError("the checkpoint was written with another optim.kind than this one: write that of the run")
         if state and isinstance(optimizer, AdamW):
             state["step"] = int(state["step"])
         optimizer.state[parameter] = state
     if isinstance(optimizer, AdamW):
         optimizer.forget_places()
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """What the states hold by now."""
+    parts = [part for state in optimizer.state.values() for part in state.values()]
+    return sum(part.nbytes for part in parts if isinstance(part, Tensor))
 
 
 def takes_kernel(tensor: Tensor) -> bool:
@@ -141,7 +150,7 @@ class AdamW(torch.optim.Optimizer):
         seed: int,
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self.seed = seed
+        self.seed, self._eight = seed, eight
         self._scale: Tensor | None = None
         self._launches: list[Launch] | None = None
         self._bundles: list[_Bundle] = []
@@ -150,10 +159,13 @@ class AdamW(torch.optim.Optimizer):
             sorts: dict[tuple[torch.dtype, bool], list[nn.Parameter]] = {}
             for parameter in group["params"]:
                 assert parameter.is_contiguous()
-                small = parameter.numel() < eight_bit.SMALLEST
-                sorts.setdefault((parameter.dtype, eight and not small), []).append(parameter)
+                sorts.setdefault((parameter.dtype, self.keeps_8_bits(parameter)), []).append(parameter)
             for (_, few_bits), alike in sorts.items():
                 self._bundles.append(_Bundle(group, alike, few_bits, [numbers[p] for p in alike]))
+
+    def keeps_8_bits(self, parameter: nn.Parameter) -> bool:
+        """Whether its moments are in 8 bits: those of small tensors never are."""
+        return self._eight and parameter.numel() >= eight_bit.SMALLEST
 
     @torch.no_grad()
     def clip(self, largest: float) -> Tensor:
@@ -165,7 +177,8 @@ class AdamW(torch.optim.Optimizer):
         sums = [launch.squares() for launch in self.launches()]
         others = [p.grad for bundle in self._bundles if not bundle.kernel for p in bundle.parameters]
         sums += [torch.linalg.vector_norm(g, dtype=torch.float32).square().view(1) for g in others if g is not None]
-        norm = torch.cat(sums).sum(dtype=torch.float64).sqrt().float()
+        device = self.param_groups[0]["params"][0].device
+        norm = torch.cat([torch.zeros(1, device=device), *sums]).sum(dtype=torch.float64).sqrt().float()
         self._scale = (largest / (norm + 1e-6)).clamp(max=1.0) if largest else None
         return norm
 

@@ -214,9 +214,8 @@ def open_reference(
     if len(data.held_out):
         budget, share = config.run.microbatch_tokens, config.share_prefix
         streams.append(ComparisonStream(data.held_out, budget, 1, 0, mesh.rank, mesh.world, share))
-    about = about_model(
-        start, config.model, activation_dtype(config.run.dtype, mesh.device), mesh.device, config.run.seed
-    )
+    dtype = activation_dtype(config.run.dtype, mesh.device)
+    about = about_model(start, config.model, config.run, dtype, mesh.device)
     with progress_bar("asking the reference") as progress:
         known = remembered(
             (data.train, data.held_out), about, lambda: ask_about_all(role, streams, mesh, progress), mesh

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from burnish.config import ConfigError, build, fields, parse, to_yaml
-from burnish.settings import TrainingSettings
+from burnish.settings import TrainingSettings, memory_bytes
 
 
 def message(*words: str) -> str:
@@ -139,3 +139,30 @@ def test_a_setting_of_an_unknown_group_names_the_whole_setting(tmp_path):
     assert message("run.folder=").startswith("'run.folder' should be")
     (tmp_path / "empty.yaml").write_text("")
     assert "is empty" in message(str(tmp_path / "empty.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["model.storage=full"], "run.dtype=fp8 multiplies with frozen weights, and model.storage=full trains them"),
+        (["adapter.kind=dora"], "run.dtype=fp8 goes with LoRA without dropout, not with adapter.kind=dora"),
+        (["adapter.dropout=0.1"], "adapter.dropout=0.1: leave it out"),
+    ],
+)
+def test_8_bit_matmuls_are_refused_where_only_a_part_of_the_work_could_have_them(words, wanted):
+    assert wanted in message("run.dtype=fp8", *words)
+
+
+@pytest.mark.parametrize("amount", ["lots", "24", "0GB", "-1GB"])
+def test_memory_is_an_amount(amount):
+    assert f"run.memory={amount} is no amount: write auto, least, or an amount" in message(f"run.memory={amount}")
+
+
+def test_amounts_of_memory_in_bytes():
+    assert [memory_bytes(text) for text in ("24GB", "1.5 GiB", "300MB", "auto", "least")] == [
+        24_000_000_000,
+        1_610_612_736,
+        300_000_000,
+        None,
+        None,
+    ]

@@ -16,7 +16,7 @@ from burnish.engine.start import Start
 from burnish.model.adapter_files import save_adapter
 from burnish.model.adapters import AdapterSpec, adapter_parameters, add_adapter
 from burnish.model.checkpoint import load_model, save_model
-from burnish.settings import ModelSettings, TrainingSettings
+from burnish.settings import ModelSettings, RunSettings, TrainingSettings
 from burnish.types import Comparison, Sequence
 from tests.tiny import tiny_folder
 
@@ -129,9 +129,10 @@ def test_a_model_is_known_by_what_decides_its_log_probs(tmp_path) -> None:
     save_model(model, tmp_path / "moved", base)  # the same weights elsewhere
     other = tiny_folder(tmp_path / "other", seed=1)
 
-    def about(base, adapter=None, dtype=torch.float32, seed=0, **model):
+    def about(base, adapter=None, dtype=torch.float32, seed=0, run_dtype="auto", **model):
         settings = ModelSettings(**{"path": str(base), "storage": "bf16", **model})
-        return about_model(Start(base, adapter), settings, dtype, torch.device("cpu"), seed)
+        run = RunSettings(seed=seed, dtype=run_dtype)
+        return about_model(Start(base, adapter), settings, run, dtype, torch.device("cpu"))
 
     first = about(base)
     assert about(tmp_path / "moved") == first
@@ -142,6 +143,7 @@ def test_a_model_is_known_by_what_decides_its_log_probs(tmp_path) -> None:
         about(base, tmp_path / "a"),
         about(base, tmp_path / "b"),
         about(base, dtype=torch.bfloat16),
+        about(base, run_dtype="fp8"),
         about(base, storage="nf4"),
         about(base, storage="nf4", double_quant=False),
         about(base, init="random"),

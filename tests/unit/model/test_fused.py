@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from burnish.model.adapters import AdapterSpec, adapter_parameters, add_adapter
+from burnish.model.adapters import AdapterSpec, adapter_parameters, add_adapter, remove_adapter
 from burnish.model.checkpoint import load_model
 from burnish.model.decoder import Decoder
 from burnish.model.shelf import NAMES, Plan
@@ -188,3 +188,36 @@ def test_families_with_other_blocks_are_left_to_autograd(tmp_path: Path, archite
     model = load_model(tiny_folder(tmp_path / "model", architecture, **SHAPE, head_dim=16), "fp32")
     assert not model.fuse_blocks()
     assert model.fused is None
+
+
+def test_an_adapter_that_changes_between_the_halves_is_refused(folder: Path) -> None:
+    model, batch = prepared(folder, "bf16"), tiny_batch(LENGTHS)
+    assert model.fuse_blocks()
+    loss = model.hidden(batch, "a").sum()
+    with torch.no_grad():
+        next(iter(adapter_parameters(model, "a").values())).mul_(2)
+    model.prepare("a")
+    with pytest.raises(RuntimeError, match="the adapter has changed"):
+        loss.backward()
+
+
+def test_copies_made_in_inference_mode_serve_training(folder: Path) -> None:
+    model, batch = prepared(folder, "bf16"), tiny_batch(LENGTHS)
+    assert model.fuse_blocks()
+    with torch.inference_mode():
+        model.hidden(batch, "a")
+    with torch.no_grad():
+        next(iter(adapter_parameters(model, "a").values())).mul_(2)
+    _, found = gradients(model, batch, "a")
+    assert len(found) > 5
+
+
+def test_a_removed_adapter_leaves_no_copies(folder: Path) -> None:
+    model, batch = prepared(folder, "bf16"), tiny_batch(LENGTHS)
+    assert model.fuse_blocks()
+    model.hidden(batch, "a")
+    assert model.fused is not None
+    assert model.fused._factors
+    remove_adapter(model, "a")
+    model.hidden(batch, "a")
+    assert not model.fused._factors

@@ -396,3 +396,12 @@ def test_where_the_host_is_slower(tmp_path: Path) -> None:
     assert host_bound(half, 32768, 2048, fp8=True)
     assert not host_bound(seven, 8192, 2048, fp8=True)
     assert host_bound(seven, 1024, 1024, fp8=False)
+
+
+def test_a_batch_gives_the_same_numbers_before_it_is_recorded_and_after(model: Decoder) -> None:
+    use_graphs(model)
+    batch = tiny_batch((9, 8))  # 17 tokens: padded
+    first = run(model, batch)
+    for _ in range(3):
+        assert_same(run(model, batch), first)
+    assert recordings(model)

@@ -256,3 +256,18 @@ def test_8_bit_states_of_split_weights_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"write optim\.kind=adamw"):
         adamw({"w": Split(torch.zeros(2, 2))}, LR, BETAS, EPS, DECAY, "adamw8bit")
+
+
+@pytest.mark.parametrize(("kind", "other"), [("adamw", "adamw8bit"), ("adamw8bit", "adamw")])
+def test_states_of_another_kind_are_refused(kind: str, other: str) -> None:
+    trained = parameters(torch.float32, BIG)
+    optimizer = adamw(trained, LR, BETAS, EPS, DECAY, kind)
+    give_gradients(trained, 0)
+    optimizer.step()
+    stored = optimizer_tensors(optimizer, trained)
+    with pytest.raises(ValueError, match=r"another optim\.kind"):
+        restore_optimizer(adamw(trained, LR, BETAS, EPS, DECAY, other), trained, stored)
+
+
+def test_clipping_nothing_is_a_norm_of_0() -> None:
+    assert ours(parameters()).clip(1.0) == 0
