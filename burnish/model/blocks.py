@@ -16,10 +16,7 @@ from burnish.model.families import DecoderConfig
 from burnish.model.linear import Linear
 from burnish.ops.attention import Layout, attention, cached_attention, rotate
 from burnish.ops.pointwise import gated, rms_norm
-
-Table = tuple[Float[Tensor, "T c"], Float[Tensor, "T c"]]
-"""cos and sin of a rotary embedding at the positions of a pass."""
-
+from burnish.ops.rope import Table
 
 Attend = Callable[[Tensor, Tensor, Tensor, Layout, float, int | None, float | None], Tensor]
 """`ops.attention.attention`, or the same kept out of compiled graphs."""

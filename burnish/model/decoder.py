@@ -153,8 +153,8 @@ class Decoder(nn.Module):
 
     def fuse_blocks(self, fp8: bool = False) -> bool:
         """Run the blocks by hand from now on wherever that can be (`model/fused.py`); whether this decoder's can."""
-        blocks = [cast(Block, layer) for layer in self.model.layers]
-        if supported(self.config, blocks):
+        if supported(self.config):
+            blocks = [cast(Block, layer) for layer in self.model.layers]
             self.fused = FusedBlocks(blocks, self.model.norm, self.config, fp8)
         return self.fused is not None
 

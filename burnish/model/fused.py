@@ -123,13 +123,13 @@ class _Blocks(torch.autograd.Function):
         return None, dx, *(run.gradients.get(id(parameter)) for parameter in ctx.parameters)
 
 
-def supported(config: DecoderConfig, blocks: Sequence[Block]) -> bool:
+def supported(config: DecoderConfig) -> bool:
     """Whether decoders of this kind can be run by hand: pre-norm, gated, with rotary positions and no soft cap."""
     plain = config.pre_norm and not config.post_norm and not config.fused and config.qk_norm == "none"
     plain &= not (config.output_bias or config.mlp_bias) and config.attention_softcap is None
     plain &= all(layer.rope is not None for layer in config.layers)
     sizes = (config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim, config.head_dim)
-    return plain and all(size % 16 == 0 for size in sizes) and len(blocks) > 0
+    return plain and all(size % 16 == 0 for size in sizes) and len(config.layers) > 0
 
 
 def _parts(block: Block) -> Parts:

@@ -20,12 +20,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from burnish.model.blocks import Pass, Table
+from burnish.model.blocks import Pass
 from burnish.model.factors import Factors
 from burnish.model.families import DecoderConfig
 from burnish.model.fused_pass import FusedPass, Trunk
 from burnish.model.recorder import Flight, Gradients, Lane, Recorder
 from burnish.model.shelf import HostMemory, Plan, Shelf
+from burnish.ops.rope import Table
 
 ROWS = 256
 """Tokens are padded to a multiple of so many, or of an eighth of the next power of two."""

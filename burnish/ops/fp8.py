@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from burnish.kernels import has_triton
+from burnish.ops import runs_kernels
 from burnish.ops.nf4 import BLOCK, dequantise, kernel_scales, restore_scales, tables
 
 FP8 = torch.float8_e4m3fn
@@ -165,7 +165,7 @@ def _native(device: torch.device) -> bool:
 
 
 def _has_kernels(device: torch.device) -> bool:
-    return _native(device) and has_triton()
+    return _native(device) and runs_kernels(device)
 
 
 @cache

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from burnish.kernels import has_triton
+from burnish.ops import runs_kernels
 from burnish.ops.pointwise import soft_cap
 
 CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26}
@@ -181,7 +181,7 @@ def _add_matmul(total: Tensor, x: Tensor, y: Tensor) -> None:
 
 
 def _has_kernel(logits: Tensor) -> bool:
-    return logits.is_cuda and logits.dtype == torch.float32 and has_triton()
+    return logits.dtype == torch.float32 and runs_kernels(logits.device)
 
 
 def _is_half_on_cuda(x: Tensor) -> bool:

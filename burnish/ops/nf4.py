@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from burnish.kernels import has_triton
+from burnish.ops import runs_kernels
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -86,7 +86,7 @@ def dequantise(
 
     With `out`, contiguous and of this shape and dtype, it is written there: rows of a larger weight, say.
     """
-    if codes.is_cuda and has_triton():
+    if runs_kernels(codes.device):
         from burnish.kernels.nf4 import dequantise as kernel
 
         dense = _given(out, shape, dtype, codes.device)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from burnish.kernels import has_triton
+from burnish.ops import takes_kernel, wide_dtype
 
 
 def outer(x_TN: Float[Tensor, "T N"], z_TK: Float[Tensor, "T K"], widths: Sequence[int]) -> Float[Tensor, "N R"]:
@@ -18,7 +18,7 @@ def outer(x_TN: Float[Tensor, "T N"], z_TK: Float[Tensor, "T K"], widths: Sequen
     assert x_TN.dtype == z_TK.dtype
     assert x_TN.shape[1] == sum(widths)
     assert z_TK.shape[1] % len(widths) == 0
-    if not (x_TN.is_cuda and has_triton() and x_TN.dtype in (torch.bfloat16, torch.float16) and len(widths) <= 3):
+    if not takes_kernel(x_TN) or len(widths) > 3:
         return reference_outer(x_TN, z_TK, widths)
     from burnish.kernels.outer import outer as kernel
 
@@ -29,6 +29,6 @@ def reference_outer(
     x_TN: Float[Tensor, "T N"], z_TK: Float[Tensor, "T K"], widths: Sequence[int]
 ) -> Float[Tensor, "N R"]:
     """`outer` in plain PyTorch: what the kernel is held to."""
-    wide = torch.float64 if x_TN.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x_TN)
     parts = zip(x_TN.split(list(widths), dim=1), z_TK.chunk(len(widths), dim=1), strict=True)
     return torch.cat([x.to(wide).T @ z.to(wide) for x, z in parts])

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from burnish.kernels import has_triton
+from burnish.ops import runs_kernels
 from burnish.optim import eight_bit
 from burnish.optim.update import Update, reference_update
 
@@ -82,7 +82,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def takes_kernel(tensor: Tensor) -> bool:
     """Whether a kernel updates this tensor."""
-    return tensor.is_cuda and has_triton()
+    return runs_kernels(tensor.device)
 
 
 class _Place(NamedTuple):
