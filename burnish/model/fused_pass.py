@@ -45,6 +45,30 @@ class Half(NamedTuple):
     """What its two joint layers read, times their A."""
 
 
+class Read(NamedTuple):
+    """What a joint layer read: rows as they are, or what a norm makes of the stream."""
+
+    rows: Tensor
+    rstd: Tensor | None = None
+    """Of the norm; None: there is none in between."""
+    gain: Gain | None = None
+
+    def normed(self) -> Tensor:
+        """The rows that were multiplied, made again bit for bit."""
+        if self.rstd is None or self.gain is None:
+            return self.rows
+        h = norm_again(self.rows, self.rstd, self.gain, False)[0]
+        assert h is not None
+        return h
+
+    def gradient_A(self, dlow: Tensor) -> Tensor:
+        """dlowᵀ h in fp32. With h = x · rstd · gain that is (dlow · rstd)ᵀ x · gain, so h need not be made."""
+        if self.rstd is None or self.gain is None:
+            return _product(dlow.T, self.rows, torch.float32)
+        scaled = (dlow * self.rstd.unsqueeze(1)).to(dlow.dtype)
+        return _product(scaled.T, self.rows, torch.float32) * (self.gain.weight.float() + self.gain.offset)
+
+
 Added = tuple[Tensor | None, Tensor | None, Pair | None]
 """What a half adds to the stream: its last layer's output without LoRA, what that read times A, and the factors."""
 
@@ -148,11 +172,11 @@ class FusedPass:
         del dh, gate_up
         dgu, dlow, h, dgu8 = gate_backward(given, self.config.activation)
         del given
-        self._collect(part.down, down, above.dx, h, above.dxa, low_down)
+        self._collect(part.down, down, above.dx, Read(h), above.dxa, low_down)
         del h
         held.prefetch_attention()
         norm = part.norms[1]
-        self._collect(part.gate_up, pair, dgu, self._again(norm, x_mid, rstd, part.gate_up, pair), dlow, low)
+        self._collect(part.gate_up, pair, dgu, Read(x_mid, rstd, gain_of(norm)), dlow, low)
         dh = self._back(part.gate_up, dgu, dgu8)
         del dgu, dgu8
         seen = NormBackward(dh, x_mid, rstd, above.dx, dlow, pair and pair.A)
@@ -166,7 +190,7 @@ class FusedPass:
         dout = self._back(part.o, above.dx, above.dx8)
         if lora["o"] is not None:
             dout.addmm_(cast(Tensor, above.dxa), lora["o"].A)
-        self._collect(part.o, lora["o"], above.dx, out, above.dxa, low_o)
+        self._collect(part.o, lora["o"], above.dx, Read(out), above.dxa, low_o)
         shape = (len(out), self.heads.queries, self.heads.width)
         dq, dk, dv = attention_backward(
             dout.view(shape), self._split(qkv), out.view(shape), saved, self.layout, attention.scale, attention.window
@@ -175,7 +199,7 @@ class FusedPass:
         scale = part.qkv.row_scale() if self.fp8 else None
         dqkv, dlow, dqkv8 = rope_backward(dq, dk, dv, self._table(part), _three(pair), scale)
         del dq, dk, dv
-        self._collect(part.qkv, pair, dqkv, self._again(norm, x, rstd, part.qkv, pair), dlow, low)
+        self._collect(part.qkv, pair, dqkv, Read(x, rstd, gain_of(norm)), dlow, low)
         if number == 0 and not self.wants_x and not norm.weight.requires_grad:
             return above
         dh = self._back(part.qkv, dqkv, dqkv8)
@@ -218,12 +242,6 @@ class FusedPass:
         q, k, v = qkv.split((queries * width, keys * width, keys * width), dim=1)
         return q.unflatten(1, (-1, width)), k.unflatten(1, (-1, width)), v.unflatten(1, (-1, width))
 
-    def _again(self, norm: Norm, x: Tensor, rstd: Tensor, joint: Joint, pair: Pair | None) -> Tensor | None:
-        """The norm's output, where a gradient of what it is multiplied with is wanted."""
-        if pair is None and not is_trained(joint):
-            return None
-        return norm_again(x, rstd, gain_of(norm), False)[0]
-
     def _norm_backward(self, norm: Norm, given: NormBackward, below: tuple[int, str] | None) -> NormGradient:
         """Through a norm; `below` is the joint layer whose output was added to the stream before it."""
         if below is not None:
@@ -237,13 +255,12 @@ class FusedPass:
         return gradient
 
     def _collect(
-        self, joint: Joint, pair: Pair | None, dy: Tensor, h: Tensor | None, dlow: Tensor | None, low: Tensor | None
+        self, joint: Joint, pair: Pair | None, dy: Tensor, read: Read, dlow: Tensor | None, low: Tensor | None
     ) -> None:
         """The gradients of a joint layer's own parameters."""
         if is_trained(joint):
-            assert h is not None
             weights = cast(list[nn.Parameter], joint.weights)
-            dW = _product(dy.T, h, weights[0].dtype)
+            dW = _product(dy.T, read.normed(), weights[0].dtype)
             for weight, rows in zip(weights, dW.split(joint.widths), strict=True):
                 self._give(weight, rows)
         for layer, columns in zip(joint.layers, dy.split(joint.widths, dim=1), strict=True):
@@ -252,11 +269,10 @@ class FusedPass:
         if pair is None:
             return
         assert self.factors is not None
-        assert h is not None
         assert dlow is not None
         assert low is not None
         rank = self.factors.rank
-        dA = _product(dlow.T, h, torch.float32)
+        dA = read.gradient_A(dlow)
         dB = outer(dy, low, joint.widths)
         for layer, rows_A, rows_B in zip(joint.layers, dA.split(rank), dB.split(joint.widths), strict=True):
             if self.factors.name in layer.adapters:
