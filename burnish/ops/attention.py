@@ -3,10 +3,10 @@
 Three ways to the same numbers: `varlen_attn` (FlashAttention) for packed half-precision tensors on the GPU; elsewhere
 the sequences are laid into padded rows, where causality alone keeps the padding on the right out of every score.
 
-A sequence with a prefix reads tokens of another one before its own (`Batch.prefixes`). Its keys and values are gathered
-from there, so that autograd adds up what all readers of a prompt want of it. The kernel aligns the last query with the
-last key, as FlashAttention's causal mask does since 2.1; padded rows are as long as the whole sequence, and their
-queries at the prefix, which nobody reads, stay 0.
+A sequence with a prefix reads tokens of another one before its own (`Batch.prefixes`). Its keys and values are copied
+from there (`ops/keys.py`), and what all readers of a prompt want of it is added up. The kernel aligns the last query
+with the last key, as FlashAttention's causal mask does since 2.1; padded rows are as long as the whole sequence, and
+their queries at the prefix, which nobody reads, stay 0.
 
 `attention_forward` and `attention_backward` are the same without autograd, and use cuDNN's kernels on Hopper, which
 need 0.6 of FlashAttention 2's time there. cuDNN makes a plan for every shape, which takes 170 ms: only sequences of one
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from burnish.ops import wide_dtype
+from burnish.ops.keys import Keys, add_up, copy_out, keys_of, places
 from burnish.ops.pointwise import soft_cap
 from burnish.types import Batch
 
@@ -55,18 +56,6 @@ class Rows:
     """Where each key goes, where prefixes are shared."""
 
 
-class Keys(NamedTuple):
-    """What each sequence reads, prefix and then its own tokens, laid end to end."""
-
-    position: Int[Tensor, " keys"]
-    """The position whose key and value stand here."""
-    starts: Int[Tensor, " S+1"]
-    sequence: Int[Tensor, " keys"]
-    """Which sequence reads it."""
-    place: Int[Tensor, " keys"]
-    """Its place within that sequence."""
-
-
 class Layout(NamedTuple):
     """Where packed sequences stand for attention: made once per forward pass, used by every block."""
 
@@ -86,7 +75,7 @@ class Layout(NamedTuple):
 def packed_layout(batch: Batch, padded: bool) -> Layout:
     """How `attention` will read the batch; `padded` for everything but variable-length kernels."""
     longest = 1 << (batch.longest - 1).bit_length()
-    keys = _keys(batch) if any(length for _, length in batch.prefixes) else None
+    keys = keys_of(batch) if any(length for _, length in batch.prefixes) else None
     if padded:
         return Layout(batch.starts, longest, _padded_rows(batch, keys), kernel_shares_heads=False, keys=keys)
     of_one_length = keys is None and batch.num_sequences * batch.longest == len(batch.tokens)
@@ -150,7 +139,7 @@ def attention_forward(
     if _suits_cudnn(q_THC, layout, window):
         return _cudnn_forward(q_THC, k_TGC, v_TGC, len(layout.starts) - 1, scale)
     if layout.keys is not None:
-        k_TGC, v_TGC = (x.index_select(0, layout.keys.position) for x in (k_TGC, v_TGC))
+        k_TGC, v_TGC = copy_out(k_TGC, v_TGC, layout.keys)
     return _flash_forward(q_THC, k_TGC, v_TGC, layout, scale, window)
 
 
@@ -178,11 +167,9 @@ def attention_backward(
         return _cudnn_backward(dout_THC, given, out_THC, lse, len(layout.starts) - 1, scale)
     if layout.keys is None:
         return _flash_backward(dout_THC, given, out_THC, lse, layout, scale, window)
-    position = layout.keys.position
-    read = (q, k.index_select(0, position), v.index_select(0, position))
+    read = (q, *copy_out(k, v, layout.keys))
     dq, dk, dv = _flash_backward(dout_THC, read, out_THC, lse, layout, scale, window)
-    dk, dv = (d.new_zeros(x.shape).index_add_(0, position, d) for x, d in ((k, dk), (v, dv)))
-    return dq, dk, dv
+    return dq, *add_up(dk, dv, layout.keys)
 
 
 def cached_attention(
@@ -228,23 +215,6 @@ def rotate(
     return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
 
 
-def _keys(batch: Batch) -> Keys:
-    """Made on the device from what the host knows, without waiting for it."""
-    device, own_starts = batch.starts.device, batch.starts
-    total = len(batch.tokens) + sum(length for _, length in batch.prefixes)
-    first_S, length_S = (
-        torch.tensor(part, dtype=own_starts.dtype).to(device, non_blocking=True)
-        for part in zip(*batch.prefixes, strict=True)
-    )
-    starts = own_starts + F.pad(length_S.cumsum(0, dtype=own_starts.dtype), (1, 0))
-    numbers_S = torch.arange(batch.num_sequences, device=device)
-    sequence = torch.repeat_interleave(numbers_S, starts.diff(), output_size=total)
-    place = torch.arange(total, device=device) - starts[sequence]
-    before = length_S[sequence]
-    position = torch.where(place < before, first_S[sequence] + place, own_starts[sequence] + place - before)
-    return Keys(position, starts, sequence, place)
-
-
 def _padded_rows(batch: Batch, keys: Keys | None) -> Rows:
     ends = batch.starts if keys is None else keys.starts
     lengths = [end - start for start, end in itertools.pairwise(ends.tolist())]
@@ -252,7 +222,10 @@ def _padded_rows(batch: Batch, keys: Keys | None) -> Rows:
         return Rows(None, (Group(0, len(lengths), lengths[0]),))
     groups, offsets = _group_rows(lengths)
     first_place_S = torch.tensor(offsets, device=batch.positions.device)
-    key_place = None if keys is None else first_place_S[keys.sequence] + keys.place
+    key_place = None
+    if keys is not None:
+        sequence, place = places(keys.starts, len(keys.position))
+        key_place = first_place_S[sequence] + place
     return Rows(first_place_S[batch.sequence] + batch.positions, groups, key_place)
 
 
