@@ -124,10 +124,12 @@ class _Blocks(torch.autograd.Function):
 
 
 def supported(config: DecoderConfig) -> bool:
-    """Whether decoders of this kind can be run by hand: pre-norm, gated, with rotary positions and no soft cap."""
-    plain = config.pre_norm and not config.post_norm and not config.fused and config.qk_norm == "none"
+    """Whether decoders of this kind can be run by hand: pre-norm, gated, without soft cap; heads may be normed."""
+    plain = config.pre_norm and not config.post_norm and not config.fused and config.qk_norm != "full"
     plain &= not (config.output_bias or config.mlp_bias) and config.attention_softcap is None
-    plain &= all(layer.rope is not None for layer in config.layers)
+    if config.qk_norm == "head":  # all channels are normed and turned in one go
+        plain &= all(layer.rope is not None for layer in config.layers)
+        plain &= all(2 * len(rope.frequencies) == config.head_dim for rope in config.ropes)
     sizes = (config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim, config.head_dim)
     return plain and all(size % 16 == 0 for size in sizes) and len(config.layers) > 0
 
@@ -140,7 +142,8 @@ def _parts(block: Block) -> Parts:
     for layers in (qkv, gate_up):
         lay_side_by_side(layers)
     norms = cast(Norm, getattr(block, names[0])), cast(Norm, getattr(block, names[1]))
-    return Parts(block, norms, Joint(qkv), Joint([attention.o_proj]), Joint(gate_up), Joint([mlp.down_proj]))
+    joints = Joint(qkv), Joint([attention.o_proj]), Joint(gate_up), Joint([mlp.down_proj])
+    return Parts(block, norms, *joints, (attention.q_norm, attention.k_norm) if attention.qk_norm == "head" else None)
 
 
 def _own_parameters(trunk: Trunk) -> list[nn.Parameter]:
@@ -150,5 +153,5 @@ def _own_parameters(trunk: Trunk) -> list[nn.Parameter]:
         for joint in joints_of(part).values():
             found += [weight for weight in joint.weights if weight is not None]
             found += [layer.bias for layer in joint.layers if layer.bias is not None]
-        found += [norm.weight for norm in part.norms]
+        found += [norm.weight for norm in (*part.norms, *(part.head_norms or ()))]
     return [*found, trunk.last.weight]

@@ -16,7 +16,7 @@ from burnish.ops.attention import attention_backward, attention_forward
 from burnish.ops.fp8 import Quantised, quantise_rows, scaled_matmul
 from burnish.ops.gate import GateBackward, gate, gate_backward
 from burnish.ops.outer import outer
-from burnish.ops.rope import Heads, rope, rope_backward
+from burnish.ops.rope import BeforeNorm, HeadNorms, Heads, Table, norm_rope, rope, rope_backward
 
 ATTENTION_NAMES = ("x", "qkv", "attention")
 MLP_NAMES = ("x_mid", "gate_up")
@@ -34,6 +34,8 @@ class Parts(NamedTuple):
     o: Joint
     gate_up: Joint
     down: Joint
+    head_norms: tuple[Norm, Norm] | None
+    """Of each head of queries and of keys; None where the family has none."""
 
 
 class Half(NamedTuple):
@@ -192,13 +194,18 @@ class FusedPass:
             dout.addmm_(cast(Tensor, above.dxa), lora["o"].A)
         self._collect(part.o, lora["o"], above.dx, Read(out), above.dxa, low_o)
         shape = (len(out), self.heads.queries, self.heads.width)
-        dq, dk, dv = attention_backward(
-            dout.view(shape), self._split(qkv), out.view(shape), saved, self.layout, attention.scale, attention.window
+        split = self._split(part, qkv)
+        gradients = attention_backward(
+            dout.view(shape), split, out.view(shape), saved, self.layout, attention.scale, attention.window
         )
-        del qkv, out, saved, dout
+        before = self._before(part, qkv)
+        del split, qkv, out, saved, dout
         scale = part.qkv.row_scale() if self.fp8 else None
-        dqkv, dlow, dqkv8 = rope_backward(dq, dk, dv, self._table(part), _three(pair), scale)
-        del dq, dk, dv
+        dqkv, dlow, dqkv8, dnorms = rope_backward(*gradients, self._table(part), _three(pair), scale, before)
+        del gradients, before
+        for head_norm, dweight in zip(part.head_norms or (), dnorms or (), strict=False):
+            if head_norm.weight.requires_grad:
+                self.gradients[id(head_norm.weight)] = dweight.to(head_norm.weight.dtype)
         self._collect(part.qkv, pair, dqkv, Read(x, rstd, gain_of(norm)), dlow, low)
         if number == 0 and not self.wants_x and not norm.weight.requires_grad:
             return above
@@ -224,23 +231,36 @@ class FusedPass:
         return dy @ joint.dense(dy.dtype)
 
     def turn(self, part: Parts, qkv: Tensor, low: Tensor | None, pair: Pair | None) -> None:
-        """LoRA, bias and rotation, in place."""
-        rope(qkv, low, _three(pair), part.qkv.bias, self._table(part), self.heads)
+        """LoRA, bias and, where heads are not normed first, rotation, in place."""
+        table = self._table(part) if part.head_norms is None else None
+        rope(qkv, low, _three(pair), part.qkv.bias, table, self.heads)
 
-    def _table(self, part: Parts) -> tuple[Tensor, Tensor]:
-        assert part.block.self_attn.rope is not None
-        return self.tables[part.block.self_attn.rope]
+    def _table(self, part: Parts) -> Table | None:
+        number = part.block.self_attn.rope
+        return None if number is None else self.tables[number]
 
     def attend(self, part: Parts, qkv: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """What attention gives, as a matrix, and what its backward pass wants besides."""
         attention = part.block.self_attn
-        out, saved = attention_forward(*self._split(qkv), self.layout, attention.scale, attention.window)
+        out, saved = attention_forward(*self._split(part, qkv), self.layout, attention.scale, attention.window)
         return out.flatten(1), saved
 
-    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _split(self, part: Parts, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v as attention reads them: slices of qkv, or normed and turned in memory of their own."""
         queries, keys, width = self.heads
-        q, k, v = qkv.split((queries * width, keys * width, keys * width), dim=1)
-        return q.unflatten(1, (-1, width)), k.unflatten(1, (-1, width)), v.unflatten(1, (-1, width))
+        q, k, v = qkv.unflatten(1, (-1, width)).split((queries, keys, keys), dim=1)
+        before, table = self._before(part, qkv), self._table(part)
+        if before is not None and table is not None:
+            q, k = norm_rope(qkv, before.norms, table, self.heads)
+        return q, k, v
+
+    def _before(self, part: Parts, qkv: Tensor) -> BeforeNorm | None:
+        if part.head_norms is None:
+            return None
+        q_norm, k_norm = part.head_norms
+        weights = q_norm.weight.detach(), k_norm.weight.detach()
+        wants_weights = q_norm.weight.requires_grad or k_norm.weight.requires_grad
+        return BeforeNorm(qkv, HeadNorms(*weights, q_norm.eps, q_norm.offset), wants_weights)
 
     def _norm_backward(self, norm: Norm, given: NormBackward, below: tuple[int, str] | None) -> NormGradient:
         """Through a norm; `below` is the joint layer whose output was added to the stream before it."""
@@ -311,7 +331,7 @@ class _Held:
         self.shelf.prefetch(self.number, ATTENTION_NAMES)
 
     def before_attention(self) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        """The stream before the block, the turned q, k and v, what attention made of them, and what it keeps besides.
+        """The stream before the block, qkv as `turn` left it, what attention made of it, and what it keeps besides.
 
         They are the caller's own: nothing is held here any more.
         """

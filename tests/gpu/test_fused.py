@@ -25,6 +25,7 @@ SHAPE = {
     "vocab_size": 1024,
     "max_position_embeddings": 2048,
 }
+MORE = {"Qwen3ForCausalLM": {"head_dim": 128}, "SmolLM3ForCausalLM": {"no_rope_layers": [1, 0, 1]}}
 LENGTHS = {"ragged": (300, 17, 1, 200, 5), "even": (256,) * 4}
 
 
@@ -50,9 +51,9 @@ def opened(folder: Path, storage: str, fp8: bool = False) -> tuple[Decoder, str 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("storage", ["full", "bf16", "nf4"])
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", *MORE])
 def test_errs_at_most_twice_as_much_as_autograd_in_bf16(tmp_path, architecture, storage, lengths) -> None:
-    folder = tiny_folder(tmp_path / "model", architecture, **SHAPE)
+    folder = tiny_folder(tmp_path / "model", architecture, **SHAPE, **MORE.get(architecture, {}))
     batch = tiny_batch(LENGTHS[lengths], SHAPE["vocab_size"]).to("cuda")
     model, adapter = opened(folder, storage)
     fused = model.fused

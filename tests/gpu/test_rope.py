@@ -8,7 +8,7 @@ from torch import Tensor
 
 from burnish.ops import rope as ops
 from burnish.ops.attention import rotary_table
-from burnish.ops.rope import Heads, rope, rope_backward
+from burnish.ops.rope import BeforeNorm, HeadNorms, Heads, norm_rope, rope, rope_backward
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 LLAMA_2, LLAMA_3, SMALL, PHI = Heads(32, 32, 128), Heads(32, 8, 128), Heads(14, 2, 64), Heads(24, 8, 80)
@@ -18,6 +18,14 @@ SHAPES = [
     (300, SMALL, 32, 16),
     (17, PHI, 20, 16),
     (1, LLAMA_3, 64, 256),
+]
+QWEN_3, GEMMA_3 = Heads(32, 8, 128), Heads(8, 4, 256)
+NORMED = [
+    (2051, QWEN_3, 16),
+    (2048, GEMMA_3, 64),
+    (300, SMALL, 0),
+    (17, PHI, 16),
+    (1, QWEN_3, 256),
 ]
 
 
@@ -46,6 +54,14 @@ def angles(total: int, pairs: int, dtype: torch.dtype = torch.float32) -> tuple[
     frequencies = tuple(10000 ** (-i / pairs) for i in range(pairs))
     cos, sin = rotary_table(torch.arange(total, device="cuda"), frequencies)
     return cos.to(dtype), sin.to(dtype)
+
+
+def norms_of(heads: Heads, dtype: torch.dtype = torch.float32) -> HeadNorms:
+    """Gains around 1, of which some are 0, stored minus 1."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    q, k = (torch.randn(heads.width, device="cuda", generator=generator) * 0.5 for _ in range(2))
+    q[::5], k[::7] = -1, -1
+    return HeadNorms(q.to(dtype), k.to(dtype), 1e-6, 1.0)
 
 
 def assert_within_twice(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
@@ -108,3 +124,53 @@ def test_without_lora_there_and_back_is_the_identity_beyond_2_to_the_31_numbers(
     parts = qkv.unflatten(1, (-1, 128)).split((32, 32, 32), dim=1)
     back = rope_backward(*parts, table, None, None)
     torch.testing.assert_close(back.dqkv[-50:].float(), last.float(), atol=0.03, rtol=0.02)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("total", "heads", "rank"), NORMED)
+def test_norms_of_heads_err_at_most_twice_as_much_as_the_reference(monkeypatch, total: int, heads: Heads, rank) -> None:
+    qkv, _, low, _ = drawn(total, heads, max(rank, 1))
+    low, pairs, norms = low if rank else None, heads.width // 2, norms_of(heads)
+    table = angles(total, pairs)
+    arrived = (
+        torch.randn_like(qkv).unflatten(1, (-1, heads.width)).split((heads.queries, heads.keys, heads.keys), dim=1)
+    )
+    before = BeforeNorm(qkv, norms, wants_weights=True)
+    ours, again = (torch.cat(norm_rope(qkv, norms, table, heads), 1) for _ in range(2))
+    back = rope_backward(*arrived, table, low, None, before)
+    frozen = rope_backward(*arrived, table, low, None, before._replace(wants_weights=False))
+    assert torch.equal(ours, again)
+    assert frozen.dnorms is None
+    assert_within_twice(frozen.dqkv, back.dqkv, back.dqkv.double())
+    monkeypatch.setattr(ops, "takes_kernel", lambda x: False)
+    plain = torch.cat(norm_rope(qkv, norms, table, heads), 1)
+    plain_back = rope_backward(*arrived, table, low, None, before)
+    wide, wide_table = norms_of(heads, torch.float64), angles(total, pairs, torch.float64)
+    exact = torch.cat(norm_rope(qkv.double(), wide, wide_table, heads), 1)
+    wide_low = tuple(part.double() for part in low) if low else None
+    wide_before = BeforeNorm(qkv.double(), wide, wants_weights=True)
+    exact_back = rope_backward(*(d.double() for d in arrived), wide_table, wide_low, None, wide_before)
+    assert_within_twice(ours, plain, exact)
+    assert_within_twice(back.dqkv, plain_back.dqkv, exact_back.dqkv)
+    assert (back.dxa is None) == (rank == 0)
+    if back.dxa is not None:
+        assert_within_twice(back.dxa, plain_back.dxa, exact_back.dxa)
+    assert back.dnorms is not None
+    for found, reference, wanted in zip(back.dnorms, plain_back.dnorms, exact_back.dnorms, strict=True):
+        assert_within_twice(found, reference, wanted)
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_without_a_table_nothing_turns(monkeypatch, rank: int) -> None:
+    qkv, xa, low, bias = drawn(300, LLAMA_3, max(rank, 1))
+    xa, low = (xa, low) if rank else (None, None)
+    ours, plain = qkv.clone(), qkv.clone()
+    rope(ours, xa, low, bias, None, LLAMA_3)
+    parts = qkv.unflatten(1, (-1, 128)).split((32, 8, 8), dim=1)
+    back = rope_backward(*parts, None, low, None)
+    assert torch.equal(back.dqkv, qkv)
+    monkeypatch.setattr(ops, "takes_kernel", lambda x: False)
+    rope(plain, xa, low, bias, None, LLAMA_3)
+    torch.testing.assert_close(ours, plain)
+    if rank:
+        torch.testing.assert_close(back.dxa, rope_backward(*parts, None, low, None).dxa, atol=0.02, rtol=0.02)

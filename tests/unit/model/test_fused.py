@@ -26,9 +26,10 @@ PLANS = {
 }
 
 
-@pytest.fixture(params=["LlamaForCausalLM", "Qwen2ForCausalLM"])
+@pytest.fixture(params=["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    return tiny_folder(tmp_path / "model", request.param, **SHAPE)
+    more = {"no_rope_layers": [0, 1, 1]} if request.param == "SmolLM3ForCausalLM" else {}
+    return tiny_folder(tmp_path / "model", request.param, **SHAPE, **more)
 
 
 @pytest.fixture
@@ -183,7 +184,7 @@ def test_weights_held_decoded_are_the_same_and_can_be_let_go(folder: Path) -> No
     assert not any(part.qkv._held for part in model.fused.trunk.parts)
 
 
-@pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM"])
+@pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "Olmo2ForCausalLM", "Phi3ForCausalLM"])
 def test_families_with_other_blocks_are_left_to_autograd(tmp_path: Path, architecture: str) -> None:
     model = load_model(tiny_folder(tmp_path / "model", architecture, **SHAPE, head_dim=16), "fp32")
     assert not model.fuse_blocks()
