@@ -1,13 +1,15 @@
 """The learner: the only code that calls backward, clips and steps. It knows no method and no model."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from burnish.engine.checkpoints import random_state, restore_random_state
 from burnish.engine.mesh import Mesh, whole
+from burnish.engine.room import Room, attempt
 from burnish.optim.adamw import AdamW
 from burnish.types import Batch
 
@@ -40,6 +42,8 @@ class Learner:
     steps_taken: int = 0
     updated: Callable[[], None] | None = None
     """Called when a step has changed the weights, where possible before the host waits for the device."""
+    room: Room = field(default_factory=Room)
+    """What becomes of micro-batches that memory does not suffice for."""
 
     def step(self, microbatches: Sequence[B], objective: Objective[B], count: Callable[[B], float]) -> dict[str, float]:
         """One optimizer step; every metric as its sum over micro-batches and ranks, divided by the count over both.
@@ -48,18 +52,15 @@ class Learner:
 
         `objective` gives a micro-batch's loss as a sum, and named sums besides; `count` says what it counts for. On
         several ranks each must bring a micro-batch as often as the others, an empty one if need be.
-        Raises NonFinite, before any weight has changed, when the loss or the gradient norm is not finite.
+        Where memory does not suffice, the step is taken with smaller micro-batches: see `room`.
+        Raises NonFinite, before any weight has changed, when the loss or the gradient norm is not finite; NoRoom,
+        before that too, when a micro-batch is too much that cannot be divided.
         """
-        sums: dict[str, Tensor] = {}
         counts = [sum(count(b) for b in microbatches), sum(len(b.tokens) for b in microbatches)]
         total, tokens = self._over_ranks(counts)
         if total == 0:
             raise ValueError("this step has no token to learn from: every weight in it is 0")
-        for microbatch in microbatches:
-            loss, metrics = objective(microbatch)
-            (loss * (self.mesh.world / total)).backward()  # FSDP averages gradients over ranks; undo it
-            for name, value in {"loss": loss, **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().double()
+        sums = self._sums(microbatches, objective, self.mesh.world / total)  # FSDP averages gradients over ranks
         means = self.mesh.sum(torch.stack(list(sums.values()))) / total
         grad_norm = self._clip()
         results = torch.cat([means, grad_norm.double().reshape(1)])
@@ -79,6 +80,31 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_taken += 1
         return metrics_out | {"learning_rate": rate, "tokens": tokens}
+
+    def _sums(self, microbatches: Sequence[B], objective: Objective[B], share: float) -> dict[str, Tensor]:
+        """Gradients, times `share`, and every sum of the objective; in the end of one attempt alone, with its draws."""
+        random, parts, relieved = random_state(self.mesh.device), self.room.parts(microbatches), False
+        while True:
+            sums: dict[str, Tensor] = {}
+            failed = self._accumulate(parts, objective, share, sums)
+            if failed is None:
+                return sums
+            self.optimizer.zero_grad(set_to_none=True)
+            parts, relieved = self.room.again(parts, failed, relieved)
+            restore_random_state(random, self.mesh.device)
+
+    def _accumulate(
+        self, parts: Sequence[B], objective: Objective[B], share: float, sums: dict[str, Tensor]
+    ) -> int | None:
+        """Add all parts to the gradients and to the sums; the number of the one that memory did not suffice for."""
+
+        def add(part: B) -> None:
+            loss, metrics = objective(part)
+            (loss * share).backward()
+            for name, value in {"loss": loss, **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double()
+
+        return next((number for number, part in enumerate(parts) if attempt(add, part) is None), None)
 
     def _tell(self) -> None:
         # Optimizers in one launch do not say so themselves, and copies of the weights (`model/factors.py`) go by it.

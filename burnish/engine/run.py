@@ -21,6 +21,8 @@ from burnish.engine.environment import environment
 from burnish.engine.learner import Learner, NonFinite
 from burnish.engine.memory import Peak, in_use, measured_peak
 from burnish.engine.mesh import laid_like
+from burnish.engine.room import NoRoom, Shortage, ran_out
+from burnish.engine.shortage import holdings, out_of_memory, told
 from burnish.engine.trackers import Tracker, open_trackers
 from burnish.optim.adamw import optimizer_tensors, restore_optimizer
 from burnish.settings import TrainingSettings
@@ -59,6 +61,7 @@ class Run:
     ) -> None:
         anew = config.model_copy(update={"save": config.save.model_copy(update={"resume": False})})
         self.folder, self.save, self.config_yaml = Path(config.run.folder), config.save, to_yaml(anew)
+        self.config = config
         self.learners, self.model, self.mesh, self.total_steps = learners, model, learners[0].mesh, total_steps
         self.states = states or {}
         self.parameters = {name: p for learner in learners for name, p in learner.parameters.items()}
@@ -73,6 +76,8 @@ class Run:
         self._measured_step = min(2, total_steps)
         self._step_began = time.perf_counter()
         self._measuring = ExitStack()
+        for learner in learners:
+            learner.room.told = self._tell_shortage
 
     def __enter__(self) -> Self:
         if self.mesh.is_main:
@@ -105,8 +110,9 @@ class Run:
                 self.metrics_file.close()
         if isinstance(error, NonFinite):
             raise ValueError(self._report_non_finite(error)) from None
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise MemoryError(self._report_out_of_memory()) from None
+        if error is not None and (isinstance(error, NoRoom) or ran_out(error)):
+            held = holdings(self.model, self.parameters, self._optimizer_tensors())
+            raise MemoryError(out_of_memory(error, self.step + 1, self.config, self.mesh, held)) from None
 
     def steps(self) -> Iterator[int]:
         """The steps still to take, counted from 0.
@@ -143,6 +149,8 @@ class Run:
             rate, memory = metrics["tokens"] / took, in_use(self.mesh.device)
             self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {rate:,.0f} tok/s, {memory / 2**30:.2f} GiB")
             resources = {"tokens_per_second": rate, "memory_bytes": memory, "seconds": self.seconds}
+            limits = [learner.room.limit for learner in self.learners if learner.room.limit is not None]
+            resources |= {"microbatch_tokens": min(limits)} if limits else {}  # where memory has once run out
             self._write({**metrics, "num_tokens": self.num_tokens, **resources})
 
     def log_evaluation(self, metrics: Mapping[str, float]) -> None:
@@ -179,6 +187,7 @@ class Run:
             state = {
                 "step": self.step,
                 "steps_taken": [learner.steps_taken for learner in self.learners],
+                "limits": [learner.room.limit for learner in self.learners],
                 "states": {name: stateful.state() for name, stateful in self.states.items()},
                 "num_tokens": self.num_tokens,
                 "seconds": self.seconds,
@@ -265,6 +274,8 @@ class Run:
         for learner, taken in zip(self.learners, state["steps_taken"], strict=True):
             restore_optimizer(learner.optimizer, learner.parameters, optimizer)
             learner.steps_taken = taken
+        for learner, limit in zip(self.learners, state.get("limits", ()), strict=False):  # older checkpoints have none
+            learner.room.limit = limit
         for name, stateful in self.states.items():
             stateful.restore(state["states"][name])
         own = f".{self.mesh.rank}"
@@ -302,13 +313,9 @@ class Run:
             "Look at them with `burnish data preview`, or lower optim.lr. No weight was changed by that step"
         )
 
-    def _report_out_of_memory(self) -> str:
-        held = in_use(self.mesh.device) / 2**30
-        return (
-            f"out of memory at step {self.step + 1} with {held:.1f} GiB in use on {self.mesh.device}; any of these "
-            "needs less: half of run.microbatch_tokens, run.memory=least, model.storage=nf4, a smaller "
-            "data.max_length; a run without a checkpoint starts anew with another run.folder"
-        )
+    def _tell_shortage(self, shortage: Shortage) -> None:
+        if self.mesh.is_main:
+            self.bar.write(told(self.step + 1, shortage))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

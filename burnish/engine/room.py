@@ -1,0 +1,106 @@
+"""Running out of memory is met, not died of: room is made where there is some to make, and batches are divided.
+
+What is computed are sums, so parts give what the whole would have given. Only `torch.OutOfMemoryError` counts, and what
+the CPU's allocator raises. On several ranks nothing is tried again: the others wait in the collectives of the pass
+that one of them could not finish.
+"""
+
+import gc
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from burnish.data.dividing import in_two, within
+from burnish.types import Batch
+
+B = TypeVar("B", bound=Batch)
+R = TypeVar("R")
+
+
+class Shortage(NamedTuple):
+    """Memory did not suffice, and what was done about it."""
+
+    tokens: int
+    """Of the largest batch at that time."""
+    limit: int | None
+    """How many tokens a batch has from now on at most; None: room was made, and the batches are what they were."""
+
+
+class NoRoom(MemoryError):
+    """Memory does not suffice for a batch that cannot be divided. No weight has been changed by its step."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.tokens, self.num_sequences = len(batch.tokens), batch.num_sequences
+        super().__init__(f"out of memory: {self.what} is too much by itself, and can only be computed whole")
+
+    @property
+    def what(self) -> str:
+        """The batch in words."""
+        kind = "one sequence" if self.num_sequences == 1 else f"a comparison of {self.num_sequences} sequences"
+        return f"{kind}, {self.tokens:,} tokens,"
+
+
+@dataclass
+class Room:
+    """How much of a batch is computed at a time: all of it until memory runs out, then half as much, and so on."""
+
+    limit: int | None = None
+    """The most tokens of a batch that can be divided; None: whatever is asked."""
+    relieve: Callable[[], bool] | None = None
+    """Called first when memory runs out, once for each step: gives back what is only held to save time. Whether there
+    was anything to give back: then the same batches are tried once more."""
+    told: Callable[[Shortage], None] | None = None
+    """Called before another attempt."""
+
+    def parts(self, batches: Iterable[B]) -> list[B]:
+        """The batches in parts within the limit, in order."""
+        return [part for batch in batches for part in within(batch, self.limit)]
+
+    def again(self, parts: Sequence[B], failed: int, relieved: bool) -> tuple[list[B], bool]:
+        """What to try in place of these parts, the one numbered `failed` having been too much; whether room was made.
+
+        `relieved`: it has been made before. Raises NoRoom when the part cannot be divided.
+        """
+        gc.collect()  # cycles may hold tensors of the attempt that failed
+        freed = not relieved and self.relieve is not None and self.relieve()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        tokens = max(len(part.tokens) for part in parts)
+        if not freed:
+            if in_two(parts[failed]) is None:
+                raise NoRoom(parts[failed])
+            self.limit = min(tokens, self.limit or tokens) // 2
+        if self.told is not None:
+            self.told(Shortage(tokens, None if freed else self.limit))
+        return self.parts(parts), relieved or freed
+
+    def each(self, batches: Iterable[B], work: Callable[[B], R]) -> Iterator[tuple[B, R]]:
+        """Each batch, or each of its parts, with what `work` makes of it. For work whose results need no adding up."""
+        for batch in batches:
+            waiting, relieved = self.parts([batch]), False
+            while waiting:
+                done = attempt(work, waiting[0])
+                if done is None:
+                    waiting, relieved = self.again(waiting, 0, relieved)
+                else:
+                    yield waiting.pop(0), done[0]
+
+
+def attempt(work: Callable[[B], R], batch: B) -> tuple[R] | None:
+    """What `work` makes of the batch; None, and nothing left of it, when memory runs out."""
+    try:
+        return (work(batch),)
+    except RuntimeError as error:
+        if not ran_out(error) or (dist.is_initialized() and dist.get_world_size() > 1):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold tensors for as long as anybody holds the error
+    return None
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether this says that there is no memory: of a device, or of the host from PyTorch's allocator."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
