@@ -9,12 +9,12 @@ from typing import NamedTuple, Protocol
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from burnish.model.cache import Cache
 from burnish.model.families import DecoderConfig
 from burnish.model.linear import Linear
 from burnish.ops.attention import Layout, attention, cached_attention, rotate
+from burnish.ops.gather import gather_rows
 from burnish.ops.pointwise import gated, rms_norm
 from burnish.ops.rope import Table
 
@@ -54,9 +54,14 @@ class Embedding(nn.Module):
 
     def forward(self, tokens_T: Int[Tensor, " T"], dtype: torch.dtype) -> Float[Tensor, "T D"]:
         """The vectors in `dtype`."""
-        hidden_TD = F.embedding(tokens_T, self.weight).to(dtype)
+        hidden_TD = gather_rows(self.weight, tokens_T).to(dtype)
         # Gemma's factor is rounded to the dtype of activations, as it was in training.
         return hidden_TD if self.scale == 1 else hidden_TD * torch.tensor(self.scale, dtype=dtype)
+
+    def to_host(self) -> None:
+        """Move the frozen table to the host, pinned where the device is CUDA's: `gather_rows` reads it from there."""
+        assert not self.weight.requires_grad
+        self.weight.data = self.weight.data.cpu().pin_memory() if self.weight.is_cuda else self.weight.data.cpu()
 
 
 class Norm(nn.Module):

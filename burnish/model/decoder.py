@@ -77,7 +77,7 @@ class Decoder(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.embed_tokens.weight.device
+        return self.model.norm.weight.device  # the embedding may be on the host
 
     def score(self, batch: Batch, adapter: str | None = None, temperature: float = 1.0) -> Scores:
         """Log-probability of each scored target, and whether it came first. Only scored positions meet the head.

@@ -152,3 +152,10 @@ def test_a_fresh_model_is_drawn_from_its_config_and_seed(folder: Path) -> None:
     loss = -model.log_probs(tiny_batch((40, 30))).sum() / tiny_batch((40, 30)).total_weight
     assert loss.item() == pytest.approx(torch.tensor(320.0).log().item(), rel=0.02)  # it knows nothing yet
     assert init_model(folder, 1, storage="nf4").model.layers[0].mlp.up_proj.stored.codes.dtype == torch.uint8
+
+
+def test_an_embedding_on_the_host_is_read_from_there(tmp_path: Path) -> None:
+    model = load_model(tiny_folder(tmp_path / "model", "LlamaForCausalLM"), "nf4")
+    expected = model.hidden(tiny_batch([5, 3]))
+    model.model.embed_tokens.to_host()
+    assert torch.equal(model.hidden(tiny_batch([5, 3])), expected)
