@@ -53,13 +53,13 @@ class FusedBlocks:
         parameters = [parameter for parameter in candidates if parameter.requires_grad]
         goes_back = torch.is_grad_enabled() and (x_TD.requires_grad or len(parameters) > 0)
         num_tokens = len(x_TD)
-        if self.graphs is not None:
+        if self.graphs is not None and plan.tile is None:
             about = (factors, parameters, plan if goes_back else None)
             hidden_TD = self.graphs(x_TD, given, *about)
             if hidden_TD is not None:
                 return hidden_TD
             x_TD, given = self.graphs.padded(x_TD, given, *about)
-        run = FusedPass(self.trunk, given, factors, x_TD.dtype)
+        run = FusedPass(self.trunk, given, factors, x_TD.dtype, plan.tile)
         if not goes_back:
             return run.forward(x_TD)[:num_tokens]
         run.shelf = Shelf(plan, self.host)
@@ -120,12 +120,12 @@ class _Blocks(torch.autograd.Function):
             raise RuntimeError("the adapter has changed between a forward pass and its backward pass")
         dx = run.backward(grads[0].contiguous())
         ctx.run = None
-        return None, dx, *(run.gradients.get(id(parameter)) for parameter in ctx.parameters)
+        return None, dx, *(run.gradients.found.get(id(parameter)) for parameter in ctx.parameters)
 
 
 def supported(config: DecoderConfig) -> bool:
     """Whether decoders of this kind can be run by hand: pre-norm, gated, without soft cap; heads may be normed."""
-    plain = config.pre_norm and not config.post_norm and not config.fused and config.qk_norm != "full"
+    plain = config.pre_norm and not config.post_norm and config.qk_norm != "full"
     plain &= not (config.output_bias or config.mlp_bias) and config.attention_softcap is None
     if config.qk_norm == "head":  # all channels are normed and turned in one go
         plain &= all(layer.rope is not None for layer in config.layers)
@@ -137,12 +137,16 @@ def supported(config: DecoderConfig) -> bool:
 def _parts(block: Block) -> Parts:
     attention, mlp = block.self_attn, block.mlp
     names = [name for name in block.norms if name is not None]
-    qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
-    gate_up = [mlp.gate_proj, mlp.up_proj]
-    for layers in (qkv, gate_up):
-        lay_side_by_side(layers)
+    if attention.fused:
+        qkv = Joint([attention.qkv_proj], attention.widths)
+        gate_up = Joint([mlp.gate_up_proj], [mlp.gate_up_proj.shape[0] // 2] * 2)
+    else:
+        qkv = Joint([attention.q_proj, attention.k_proj, attention.v_proj])
+        gate_up = Joint([mlp.gate_proj, mlp.up_proj])
+    for joint in (qkv, gate_up):
+        lay_side_by_side(joint.layers)
     norms = cast(Norm, getattr(block, names[0])), cast(Norm, getattr(block, names[1]))
-    joints = Joint(qkv), Joint([attention.o_proj]), Joint(gate_up), Joint([mlp.down_proj])
+    joints = qkv, Joint([attention.o_proj]), gate_up, Joint([mlp.down_proj])
     return Parts(block, norms, *joints, (attention.q_norm, attention.k_norm) if attention.qk_norm == "head" else None)
 
 

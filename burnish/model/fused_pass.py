@@ -3,19 +3,19 @@
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from burnish.model.adapters import LoRA
 from burnish.model.blocks import Block, Norm, Pass
 from burnish.model.factors import Factors, Pair
 from burnish.model.families import DecoderConfig
 from burnish.model.joint import Joint
+from burnish.model.layer_gradients import LayerGradients, Low, Read
 from burnish.model.shelf import Shelf
+from burnish.model.tiles import joined, part_of, rows8, tiles_of
 from burnish.ops.add_norm import Gain, NormBackward, Normed, NormGradient, add_norm, add_norm_backward, norm_again
 from burnish.ops.attention import attention_backward, attention_forward
 from burnish.ops.fp8 import Quantised, quantise_rows, scaled_matmul
 from burnish.ops.gate import GateBackward, gate, gate_backward
-from burnish.ops.outer import outer
 from burnish.ops.rope import BeforeNorm, HeadNorms, Heads, Table, norm_rope, rope, rope_backward
 
 ATTENTION_NAMES = ("x", "qkv", "attention")
@@ -47,30 +47,6 @@ class Half(NamedTuple):
     """What its two joint layers read, times their A."""
 
 
-class Read(NamedTuple):
-    """What a joint layer read: rows as they are, or what a norm makes of the stream."""
-
-    rows: Tensor
-    rstd: Tensor | None = None
-    """Of the norm; None: there is none in between."""
-    gain: Gain | None = None
-
-    def normed(self) -> Tensor:
-        """The rows that were multiplied, made again bit for bit."""
-        if self.rstd is None or self.gain is None:
-            return self.rows
-        h = norm_again(self.rows, self.rstd, self.gain, False)[0]
-        assert h is not None
-        return h
-
-    def gradient_A(self, dlow: Tensor) -> Tensor:
-        """dlowᵀ h in fp32. With h = x · rstd · gain that is (dlow · rstd)ᵀ x · gain, so h need not be made."""
-        if self.rstd is None or self.gain is None:
-            return _product(dlow.T, self.rows, torch.float32)
-        scaled = (dlow * self.rstd.unsqueeze(1)).to(dlow.dtype)
-        return _product(scaled.T, self.rows, torch.float32) * (self.gain.weight.float() + self.gain.offset)
-
-
 Added = tuple[Tensor | None, Tensor | None, Pair | None]
 """What a half adds to the stream: its last layer's output without LoRA, what that read times A, and the factors."""
 
@@ -87,12 +63,14 @@ class Trunk(NamedTuple):
 class FusedPass:
     """One pass over the blocks: what its forward half leaves for its backward half."""
 
-    def __init__(self, trunk: Trunk, given: Pass, factors: Factors | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, trunk: Trunk, given: Pass, factors: Factors | None, dtype: torch.dtype, tile: int | None = None
+    ) -> None:
         assert given.layout is not None
         self.parts, self.last, self.config, self.fp8 = trunk
         self.heads = Heads(self.config.num_heads, self.config.num_kv_heads, self.config.head_dim)
         self.layout, self.tables, self.dtype = given.layout, given.tables, dtype
-        self.factors = factors
+        self.factors, self.tile = factors, tile
         self.generation = 0 if factors is None else factors.generation
         pairs = iter([None] * (len(JOINTS) * len(self.parts)) if factors is None else factors.pairs)
         self.lora: list[dict[str, Pair | None]] = [{name: next(pairs) for name in JOINTS} for _ in self.parts]
@@ -100,7 +78,7 @@ class FusedPass:
         self.halves: list[Half] = []
         self.end: tuple[Tensor, Tensor] | None = None
         self.wants_x = False
-        self.gradients: dict[int, Tensor] = {}
+        self.gradients = LayerGradients(factors)
 
     def forward(self, x: Tensor) -> Tensor:
         """The hidden states. What half a block adds to the stream is added in the norm that reads the sum."""
@@ -134,17 +112,37 @@ class FusedPass:
     def _mlp_forward(self, number: int, x: Tensor, added: Added) -> tuple[Tensor, Added]:
         part, lora = self.parts[number], self.lora[number]
         x, rstd, h, h8, low = self._norm(part.norms[1], x, added, lora["gate_up"])
-        gate_up = self.matmul(part.gate_up, h, h8)
-        del added, h, h8
         pair, down = lora["gate_up"], lora["down"]
         Bs = (None, None) if pair is None else pair.Bs
-        h, h8, low_down = gate(gate_up, low, Bs[0], Bs[1], down and down.A, self.config.activation, self.fp8)
+        if self.shelf is not None:
+            self.shelf.put(number, "x_mid", (x,))
+        pieces = [(part_of(h, rows), rows8(h8, rows), part_of(low, rows)) for rows in self.tiles(number, len(x))]
+        outputs: list[Tensor] = []
+        lows: list[Tensor | None] = []
+        del added, h, h8
+        with part.gate_up.decoded(len(pieces) > 1), part.down.decoded(len(pieces) > 1):
+            while pieces:
+                h, h8, low_here = pieces.pop(0)
+                gate_up = self.matmul(part.gate_up, h, h8)
+                del h, h8
+                h, h8, low_down = gate(
+                    gate_up, low_here, Bs[0], Bs[1], down and down.A, self.config.activation, self.fp8
+                )
+                if self.shelf is not None:
+                    self.shelf.put(number, "gate_up", (gate_up,))
+                del gate_up
+                outputs.append(self.matmul(part.down, h, h8))
+                lows.append(low_down)
+                del h, h8
+        low_down = joined(lows)
         if self.shelf is not None:
             self.halves.append(Half(rstd, (low, low_down)))
-            self.shelf.put(number, "x_mid", (x,))
-            self.shelf.put(number, "gate_up", (gate_up,))
-        del gate_up
-        return x, (self.matmul(part.down, h, h8), low_down, down)
+        return x, (joined(outputs), low_down, down)
+
+    def tiles(self, number: int, num_tokens: int) -> list[slice | None]:
+        """The rows that a block's MLP takes at a time: all where gate and up are kept."""
+        kept = self.shelf is not None and self.shelf.holds(number, "gate_up")
+        return tiles_of(num_tokens, None if kept else self.tile)
 
     def backward(self, dh: Tensor) -> Tensor | None:
         """The gradient of x, where it is wanted; those of parameters are left in `gradients`."""
@@ -159,30 +157,44 @@ class FusedPass:
             gradient = self._mlp_backward(held, gradient)
             self.shelf.prefetch(number - 1, MLP_NAMES)  # by now the memory of gate and up is free
             gradient = self._attention_backward(held, gradient)
-        self._scale_B()
+        self.gradients.scale_B()
         return gradient.dx if self.wants_x else None
 
     def _mlp_backward(self, held: "_Held", above: NormGradient) -> NormGradient:
         """From the gradient of a block's output to that of the stream between its halves."""
-        part, lora, (rstd, (low, low_down)) = held.part, held.lora, held.mlp
-        pair, down = lora["gate_up"], lora["down"]
-        x_mid, gate_up = held.before_mlp()
-        dh = self._back(part.down, above.dx, above.dx8)
+        part, rstd, x_mid = held.part, held.mlp.rstd, held.before_mlp()
+        tiles = self.tiles(held.number, len(x_mid))
+        with part.gate_up.decoded(len(tiles) > 1), part.down.decoded(len(tiles) > 1):
+            made = [self._mlp_tile(held, above, x_mid, rows, rows is tiles[-1]) for rows in tiles]
+        dh, dlow = joined([dh for dh, _ in made]), joined([dlow for _, dlow in made])
+        assert dh is not None
+        del made
+        pair = held.lora["gate_up"]
+        seen = NormBackward(dh, x_mid, rstd, above.dx, dlow, pair and pair.A)
+        return self._norm_backward(part.norms[1], seen, (held.number, "o"))
+
+    def _mlp_tile(
+        self, held: "_Held", above: NormGradient, x_mid: Tensor, rows: slice | None, last: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """For some rows, the gradients of what gate and up read and of that times A; parameters' are collected."""
+        part, (rstd, lows), gain = held.part, held.mlp, gain_of(held.part.norms[1])
+        low, low_down, dxa = part_of(lows[0], rows), part_of(lows[1], rows), part_of(above.dxa, rows)
+        x_mid, rstd, dx = part_of(x_mid, rows), part_of(rstd, rows), part_of(above.dx, rows)
+        pair, down = held.lora["gate_up"], held.lora["down"]
+        gate_up = held.gate_up(x_mid, rstd)
+        dh = self._back(part.down, dx, rows8(above.dx8, rows))
         scale = part.gate_up.row_scale() if self.fp8 else None
         Bs = (None, None) if pair is None else pair.Bs
-        given = GateBackward(dh, gate_up, above.dxa, down and down.A, low, Bs[0], Bs[1], scale)
+        given = GateBackward(dh, gate_up, dxa, down and down.A, low, Bs[0], Bs[1], scale)
         del dh, gate_up
         dgu, dlow, h, dgu8 = gate_backward(given, self.config.activation)
         del given
-        self._collect(part.down, down, above.dx, Read(h), above.dxa, low_down)
+        self.gradients.collect(part.down, down, dx, Read(h), low_of(low_down, dxa))
         del h
-        held.prefetch_attention()
-        norm = part.norms[1]
-        self._collect(part.gate_up, pair, dgu, Read(x_mid, rstd, gain_of(norm)), dlow, low)
-        dh = self._back(part.gate_up, dgu, dgu8)
-        del dgu, dgu8
-        seen = NormBackward(dh, x_mid, rstd, above.dx, dlow, pair and pair.A)
-        return self._norm_backward(norm, seen, (held.number, "o"))
+        if last:
+            held.prefetch_attention()
+        self.gradients.collect(part.gate_up, pair, dgu, Read(x_mid, rstd, gain), low_of(low, dlow))
+        return self._back(part.gate_up, dgu, dgu8), dlow
 
     def _attention_backward(self, held: "_Held", above: NormGradient) -> NormGradient:
         """From the gradient of the stream between a block's halves to that of its input."""
@@ -192,7 +204,7 @@ class FusedPass:
         dout = self._back(part.o, above.dx, above.dx8)
         if lora["o"] is not None:
             dout.addmm_(cast(Tensor, above.dxa), lora["o"].A)
-        self._collect(part.o, lora["o"], above.dx, Read(out), above.dxa, low_o)
+        self.gradients.collect(part.o, lora["o"], above.dx, Read(out), low_of(low_o, above.dxa))
         shape = (len(out), self.heads.queries, self.heads.width)
         split = self._split(part, qkv)
         gradients = attention_backward(
@@ -205,8 +217,8 @@ class FusedPass:
         del gradients, before
         for head_norm, dweight in zip(part.head_norms or (), dnorms or (), strict=False):
             if head_norm.weight.requires_grad:
-                self.gradients[id(head_norm.weight)] = dweight.to(head_norm.weight.dtype)
-        self._collect(part.qkv, pair, dqkv, Read(x, rstd, gain_of(norm)), dlow, low)
+                self.gradients.put(head_norm.weight, dweight.to(head_norm.weight.dtype))
+        self.gradients.collect(part.qkv, pair, dqkv, Read(x, rstd, gain_of(norm)), low_of(low, dlow))
         if number == 0 and not self.wants_x and not norm.weight.requires_grad:
             return above
         dh = self._back(part.qkv, dqkv, dqkv8)
@@ -271,49 +283,8 @@ class FusedPass:
             given = given._replace(B=lora and lora.B, w_scale=scale)
         gradient = add_norm_backward(given, gain_of(norm), norm.weight.requires_grad)
         if gradient.dweight is not None:
-            self.gradients[id(norm.weight)] = gradient.dweight.to(norm.weight.dtype)
+            self.gradients.put(norm.weight, gradient.dweight.to(norm.weight.dtype))
         return gradient
-
-    def _collect(
-        self, joint: Joint, pair: Pair | None, dy: Tensor, read: Read, dlow: Tensor | None, low: Tensor | None
-    ) -> None:
-        """The gradients of a joint layer's own parameters."""
-        if is_trained(joint):
-            weights = cast(list[nn.Parameter], joint.weights)
-            dW = _product(dy.T, read.normed(), weights[0].dtype)
-            for weight, rows in zip(weights, dW.split(joint.widths), strict=True):
-                self._give(weight, rows)
-        for layer, columns in zip(joint.layers, dy.split(joint.widths, dim=1), strict=True):
-            if layer.bias is not None and layer.bias.requires_grad:
-                self.gradients[id(layer.bias)] = columns.sum(0, dtype=torch.float32).to(layer.bias.dtype)
-        if pair is None:
-            return
-        assert self.factors is not None
-        assert dlow is not None
-        assert low is not None
-        rank = self.factors.rank
-        dA = read.gradient_A(dlow)
-        dB = outer(dy, low, joint.widths)
-        for layer, rows_A, rows_B in zip(joint.layers, dA.split(rank), dB.split(joint.widths), strict=True):
-            if self.factors.name in layer.adapters:
-                lora = cast(LoRA, layer.adapters[self.factors.name])
-                self.gradients[id(lora.A)] = rows_A[: lora.rank].to(lora.A.dtype)
-                self.gradients[id(lora.B)] = rows_B[:, : lora.rank].to(lora.B.dtype)
-
-    def _give(self, weight: nn.Parameter, gradient: Tensor) -> None:
-        """A large gradient: what later micro-batches add goes to `.grad` at once, so that no second copy waits."""
-        if weight.grad is None:
-            self.gradients[id(weight)] = gradient
-        else:
-            weight.grad.add_(gradient)
-
-    def _scale_B(self) -> None:
-        if self.factors is not None:
-            B = self.factors.parameters[1::2]
-            found = [(self.gradients[id(b)], s) for b, s in zip(B, self.factors.scales, strict=True)]
-            torch._foreach_mul_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-                [gradient for gradient, _ in found], [scale for _, scale in found]
-            )
 
 
 class _Held:
@@ -338,15 +309,18 @@ class _Held:
         known, self._attention = self._attention or self._attend(), None
         return known
 
-    def before_mlp(self) -> tuple[Tensor, Tensor]:
-        """The stream between the halves, and gate and up without LoRA: the caller's own."""
+    def before_mlp(self) -> Tensor:
+        """The stream between the halves: the caller's own."""
         found = self.shelf.get(self.number, "x_mid")
-        x_mid = self._middle() if found is None else found[0]
+        return self._middle() if found is None else found[0]
+
+    def gate_up(self, x_mid: Tensor, rstd: Tensor) -> Tensor:
+        """Gate and up without LoRA of these rows: the caller's own."""
         found = self.shelf.get(self.number, "gate_up")
         if found is not None:
-            return x_mid, found[0]
-        h, h8 = norm_again(x_mid, self.mlp.rstd, gain_of(self.part.norms[1]), self.run.fp8)
-        return x_mid, self.run.matmul(self.part.gate_up, h, h8)
+            return found[0]
+        h, h8 = norm_again(x_mid, rstd, gain_of(self.part.norms[1]), self.run.fp8)
+        return self.run.matmul(self.part.gate_up, h, h8)
 
     def _middle(self) -> Tensor:
         self._attention = x, _, out, _ = self._attend()
@@ -382,19 +356,10 @@ def gain_of(norm: Norm) -> Gain:
     return Gain(norm.weight.detach(), norm.eps, norm.offset)
 
 
+def low_of(values: Tensor | None, gradient: Tensor | None) -> Low | None:
+    """The middle of LoRA with its gradient; None where there is no LoRA."""
+    return None if values is None or gradient is None else Low(values, gradient)
+
+
 def _three(pair: Pair | None) -> tuple[Tensor, Tensor, Tensor] | None:
     return None if pair is None else (pair.Bs[0], pair.Bs[1], pair.Bs[2])
-
-
-def is_trained(joint: Joint) -> bool:
-    """Whether its weights get a gradient: all of them, or none."""
-    trained = {weight is not None and weight.requires_grad for weight in joint.weights}
-    assert len(trained) == 1
-    return trained.pop()
-
-
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right in `dtype`, which half precision on a GPU reaches unrounded."""
-    if left.dtype == dtype or not left.is_cuda or dtype != torch.float32:
-        return (left @ right).to(dtype)
-    return torch.mm(left, right, out_dtype=torch.float32)

@@ -1,6 +1,7 @@
 """Linear layers that read the same input, as one matrix: q, k and v; gate and up."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -20,9 +21,11 @@ class Joint:
     memory for each use, which is free again when the product is done.
     """
 
-    def __init__(self, layers: Sequence[Linear]) -> None:
+    def __init__(self, layers: Sequence[Linear], parts: Sequence[int] = ()) -> None:
         self.layers = list(layers)
         self.widths = [layer.shape[0] for layer in layers]
+        self.parts = list(parts) or self.widths
+        """How wide the outputs are that mean different things: of each layer, or `parts` of one that gives them all."""
         self.shape = (sum(self.widths), layers[0].shape[1])
         self.hold = False
         """Whether to keep the weight as it was last multiplied with, for the next time."""
@@ -39,6 +42,22 @@ class Joint:
     def weights(self) -> list[nn.Parameter | None]:
         """The weight of each layer where it can be trained, else None."""
         return [layer.stored.weight if isinstance(layer.stored, Dense) else None for layer in self.layers]
+
+    @property
+    def held(self) -> list[Tensor]:
+        """What is kept of the weight besides the weight itself."""
+        return [*self._held.values(), *([] if self._row_scale is None else [self._row_scale])]
+
+    @contextmanager
+    def decoded(self, wanted: bool) -> Generator[None]:
+        """Where `wanted`, the weight is decoded once for all products in the `with` block."""
+        before, self.hold = self.hold, self.hold or wanted
+        try:
+            yield
+        finally:
+            self.hold = before
+            if wanted and not before:
+                self._held.clear()
 
     def release(self) -> None:
         """Let go of what is held."""

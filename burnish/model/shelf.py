@@ -34,6 +34,8 @@ class Plan:
     """Those that are copied to the host, and back."""
     dense_blocks: int = 0
     """So many blocks, the first ones, hold their weights decoded, ready to be multiplied with."""
+    tile: int | None = None
+    """About so many tokens at a time go through an MLP whose gate and up are computed again; None: all at once."""
 
     def __post_init__(self) -> None:
         assert len(self.kept) == len(self.host)
@@ -119,6 +121,10 @@ class Shelf:
                     self._leaving.append((block, away))
         elif name in self.plan.kept[block] or name not in NAMES:
             self._kept[block, name] = tensors
+
+    def holds(self, block: int, name: str) -> bool:
+        """Whether the plan has it wait here, not computed again."""
+        return name in self.plan.kept[block] or name in self.plan.host[block]
 
     def prefetch(self, block: int, names: Sequence[str] = NAMES) -> None:
         """Begin to copy back what of this block is on the host; a number that is no block's does nothing."""
