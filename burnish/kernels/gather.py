@@ -12,7 +12,7 @@ _COLUMNS = 2048
 
 
 def gather_rows(table: Tensor, places: Tensor) -> Tensor:
-    """Row places[t] of the table for each t, on the device of `places`; NaN, which a step refuses, for one outside it."""
+    """Row places[t] of the table for each t, on the device of `places`; NaN, which a step refuses, outside it."""
     assert table.is_contiguous()
     (rows,), (height, columns) = places.shape, table.shape
     out = torch.empty(rows, columns, dtype=table.dtype, device=places.device)
