@@ -5,7 +5,7 @@ Losses are sums over sequences or over pairs, so the parts add up to what the wh
 
 from dataclasses import fields, replace
 from itertools import accumulate
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -103,13 +103,11 @@ def _part(batch: B, first: int, last: int) -> B:
     source = torch.cat([torch.arange(piece.start, piece.stop) for piece in layout.source]).to(device)
     columns: dict[str, Any] = {}
     for name in (field.name for field in fields(batch)):
-        column = getattr(batch, name)
-        if name in BY_POSITION and column is not None:
-            columns[name] = column[source]
-        elif name in BY_SEQUENCE:
-            columns[name] = column[first:last]
+        column: Tensor | None = getattr(batch, name)
+        if column is not None and name in BY_POSITION | BY_SEQUENCE:
+            columns[name] = column[source] if name in BY_POSITION else column[first:last]
     copied = torch.tensor(layout.copied, dtype=torch.int64, device=device)
-    columns["targets"][copied] = cast(Tensor, columns["tokens"])[copied + 1]
+    columns["targets"][copied] = columns["tokens"][copied + 1]
     columns |= _pairs(batch, first, last) if isinstance(batch, PreferenceBatch) else {}
     starts, lengths = [0, *accumulate(layout.lengths)], torch.tensor(layout.lengths)
     return replace(
