@@ -23,11 +23,11 @@ class Pair(NamedTuple):
     """The factors of a joint layer."""
 
     A: Float[Tensor, "kR I"]
-    """Of its k layers, one below the other."""
+    """Of its k parts, one below the other: where one layer gives them all, its A so many times."""
     B: Float[Tensor, "O R"]
-    """Of its k layers, one below the other, times s."""
+    """Of its k parts, one below the other, times s."""
     Bs: tuple[Float[Tensor, "o R"], ...]
-    """The same B, layer by layer."""
+    """The same B, part by part."""
 
 
 class Slots:
@@ -54,6 +54,7 @@ class Factors:
         """How often the copies were made anew."""
         self._seen: list[tuple[int, int]] = []
         self._A: list[Tensor] = []
+        self._sources_A: list[Tensor] = []
         self._B: list[Tensor] = []
         # All copies of B in one tensor, so that one launch multiplies them with s.
         rows = sum(joint.shape[0] for joint in joints)
@@ -70,24 +71,25 @@ class Factors:
         if seen == self._seen:
             return
         self.generation += 1
-        A: list[Tensor] = [*self.parameters[0::2]]
         B: list[Tensor] = [*self.parameters[1::2]]
         with torch.no_grad():
             if len(set(self.scales)) == 1 and math.frexp(self.scales[0])[0] == 0.5:  # a power of two rounds nothing
-                _copy_all(self._A + self._B, A + B)
+                _copy_all(self._A + self._B, self._sources_A + B)
                 self._all_B.mul_(self.scales[0])
             else:
-                _copy_all(self._A, A)
+                _copy_all(self._A, self._sources_A)
                 _copy_all(self._B, _multiply_all(B, self.scales))
         self._seen = seen
 
     def _pair(self, joint: Joint, B: Tensor, loras: Sequence[LoRA | None]) -> Pair | None:
         if not any(loras):
             return None
-        A = torch.zeros(len(loras) * self.rank, joint.shape[1], dtype=B.dtype, device=B.device)
-        Bs = B.split(joint.widths)
-        for place, lora in enumerate(loras):
+        A = torch.zeros(len(joint.parts) * self.rank, joint.shape[1], dtype=B.dtype, device=B.device)
+        As = A.split(len(A) // len(loras))
+        for lora, rows_A, rows_B in zip(loras, As, B.split(joint.widths), strict=True):
             if lora is not None:
-                self._A.append(A[place * self.rank : place * self.rank + lora.rank])
-                self._B.append(Bs[place][:, : lora.rank])
-        return Pair(A, B, Bs)
+                copies = [rows[: lora.rank] for rows in rows_A.split(self.rank)]
+                self._A.extend(copies)
+                self._sources_A.extend([lora.A] * len(copies))
+                self._B.append(rows_B[:, : lora.rank])
+        return Pair(A, B, B.split(joint.parts))

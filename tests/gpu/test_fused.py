@@ -25,7 +25,11 @@ SHAPE = {
     "vocab_size": 1024,
     "max_position_embeddings": 2048,
 }
-MORE = {"Qwen3ForCausalLM": {"head_dim": 128}, "SmolLM3ForCausalLM": {"no_rope_layers": [1, 0, 1]}}
+MORE = {
+    "Phi3ForCausalLM": {},
+    "Qwen3ForCausalLM": {"head_dim": 128},
+    "SmolLM3ForCausalLM": {"no_rope_layers": [1, 0, 1]},
+}
 LENGTHS = {"ragged": (300, 17, 1, 200, 5), "even": (256,) * 4}
 
 
