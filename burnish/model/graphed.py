@@ -3,13 +3,16 @@
 A recording is for one key: what a pass takes from the host. So that batches share keys, a ragged one is padded: with
 one more sequence, of zeros, whose gradient is 0, so that it adds 0 to every sum; and with sequences of no tokens, whose
 programs FlashAttention 2 ends before they read anything: `if (m_block * kBlockM >= binfo.actual_seqlen_q) return`, and
-the same for keys in its backward pass.
+the same for keys in its backward pass. Where prompts are shared, that sequence reads all keys that are added, the last
+token's each, and at least one for each of its tokens; where it has keys alone, the kernel that goes by keys ends too:
+`if (m_block < m_block_min)`. The gradients of these keys are 0 and go to no token.
 
 What waits between a recording's halves is in memory that all recordings of a lane share: one after the other they need
 as much as the largest. A lane is taken from the forward half to the end of the backward half. Who comes in between
 takes the next lane, memory that two passes at once would need in any case, or runs without a recording.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any, NamedTuple, cast
@@ -26,10 +29,12 @@ from burnish.model.families import DecoderConfig
 from burnish.model.fused_pass import FusedPass, Trunk
 from burnish.model.recorder import Flight, Gradients, Lane, Recorder
 from burnish.model.shelf import HostMemory, Plan, Shelf
-from burnish.ops.rope import Table
+from burnish.ops.keys import padded
 
 ROWS = 256
-"""Tokens are padded to a multiple of so many, or of an eighth of the next power of two."""
+"""Tokens, and keys, are padded to a multiple of so many, or of an eighth of the next power of two."""
+FINER = 4
+"""Where the device would then take longer than the host, tokens are padded to a multiple of so much less."""
 SEQUENCES = 8
 """Sequences are padded to a power of two, at least so many."""
 MAX_RECORDINGS = 8
@@ -38,8 +43,8 @@ MAX_ATTEMPTS = 32
 """Recordings made before no more are: each takes the time of three or four passes, and batches may go on to differ."""
 LANES = 2
 """Passes between their halves at the same time, as the policy and the value model of PPO are."""
-HOST_SECONDS = 1e-3
-"""What the host takes to launch the forward pass of a block."""
+HOST_SECONDS = 3.4e-3
+"""What the host takes to launch a block: 1.0 ms of it forward, 2.4 backward."""
 RATE, FP8_RATE = 600e12, 1200e12
 """Operations a second on Hopper. A slower device gets recordings where it would not need them: no harm."""
 MARGIN = 2**30
@@ -55,6 +60,8 @@ class Key(NamedTuple):
     sequences: int
     longest: int
     """A bound on the longest sequence."""
+    keys: int
+    """How many are read, all sequences together, where prompts are shared; 0 where every sequence is whole."""
     even: bool
     dtype: torch.dtype
     factors: Factors | None
@@ -65,16 +72,17 @@ class Key(NamedTuple):
 
 
 def host_bound(config: DecoderConfig, tokens: int, longest: int, fp8: bool) -> bool:
-    """Whether the device is done with a block's forward pass before the host has launched it, by a closed form.
+    """Whether the device is done with a block, forward and backward, before the host has launched it: a closed form.
 
-    Device: 2 operations for each token and weight, and 4 for each query's channel and key, of which it sees half;
-    all at 600e12 operations a second, twice that in 8 bits. Host: a millisecond a block. The backward pass takes both
-    of them a few times as long.
+    Device: 2 operations for each token and weight, and 4 for each query's channel and key, of which it sees half; the
+    same again twice for the way back; all at 600e12 operations a second, twice that in 8 bits. A pass that goes forward
+    alone is one among others of a step, which the host launches as well: so it goes by the same rule, and a batch has
+    the same numbers with and without gradients.
     """
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     weights = config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
     operations = tokens * (2 * weights + 2 * min(longest, tokens) * queries)
-    return operations < HOST_SECONDS * (FP8_RATE if fp8 else RATE)
+    return 3 * operations < HOST_SECONDS * (FP8_RATE if fp8 else RATE)
 
 
 class Graphs:
@@ -108,7 +116,7 @@ class Graphs:
         """
         if not self._takes(x_TD, given, factors, parameters, plan):
             return None
-        recording = self._recording(_key(x_TD, given, factors, plan), x_TD, given)
+        recording = self._recording(self._key(x_TD, given, factors, plan), x_TD, given)
         if recording is None or recording.lane.busy:
             return None
         if plan is None:
@@ -131,24 +139,42 @@ class Graphs:
         """
         if not self._takes(x_TD, given, factors, parameters, plan):
             return x_TD, given
-        key, layout = _key(x_TD, given, factors, plan), given.layout
-        assert layout is not None
-        more = key.tokens - len(x_TD)
-        tables = tuple((F.pad(cos, (0, 0, 0, more)), F.pad(sin, (0, 0, 0, more))) for cos, sin in given.tables)
-        starts = F.pad(layout.starts, (0, key.sequences + 1 - len(layout.starts)), value=key.tokens)
-        return F.pad(x_TD, (0, 0, 0, more)), Pass(tables, layout._replace(starts=starts, longest=key.longest))
+        key = self._key(x_TD, given, factors, plan)
+        return F.pad(x_TD, (0, 0, 0, key.tokens - len(x_TD))), _padded(given, key)
 
     def _takes(
         self, x: Tensor, given: Pass, factors: Factors | None, parameters: Sequence[nn.Parameter], plan: Plan | None
     ) -> bool:
         layout = given.layout
         assert layout is not None
-        if layout.rows is not None or layout.keys is not None:
+        if layout.rows is not None:
             return False
         # Gradients of base weights would be there twice. Copies to the host wait for events, which are made anew.
         if plan is not None and (any(plan.host) or not _are(parameters, factors)):
             return False
         return len(x) > 0 and host_bound(self._trunk.config, len(x), layout.longest, self._trunk.fp8)
+
+    def _key(self, x: Tensor, given: Pass, factors: Factors | None, plan: Plan | None) -> Key:
+        layout = given.layout
+        assert layout is not None
+        tokens, sequences, longest = len(x), len(layout.starts) - 1, layout.longest
+        keys = 0 if layout.keys is None else len(layout.keys.position)
+        if not layout.even:  # kernels for even batches take no padding
+            step = _step(tokens)
+            if not host_bound(self._trunk.config, _up(tokens, step), longest, self._trunk.fp8):
+                step //= FINER
+            more = _up(tokens, step) - tokens
+            # By powers of four from that of the padding on: the kernels' programs beyond a sequence's end do nothing.
+            bound, more_keys = step, 0
+            if keys > 0:
+                step = _step(keys + more)
+                bound, more_keys = 2 * step, _up(keys + more, step) - keys
+            while bound < longest:
+                bound *= 4
+            sequences = max(SEQUENCES, _power_of_two(sequences + (max(more, more_keys) > 0)))
+            tokens, keys, longest = tokens + more, keys + more_keys, bound
+        wants_x = plan is not None and x.requires_grad
+        return Key(tokens, sequences, longest, keys, layout.even, x.dtype, factors, wants_x, plan)
 
     def _recording(self, key: Key, x: Tensor, given: Pass) -> "Recording | None":
         """That of the key, made when the key comes for the second time, if it can be."""
@@ -211,20 +237,13 @@ class Recording:
     def __init__(
         self, key: Key, parts: tuple[Trunk, HostMemory, Gradients | None], lane: Lane, x: Tensor, given: Pass
     ) -> None:
-        assert given.layout is not None
         self.key, self.lane = key, lane
         self._trunk, self._host, self._gradients = parts
         self._stream = x.new_zeros(key.tokens, x.shape[1])
         """x on the way in; on the way back its gradient."""
         self._hidden = torch.zeros_like(self._stream)
         """The hidden states on the way out; on the way back their gradient."""
-        self._starts = given.layout.starts.new_zeros(key.sequences + 1)
-        self._tables: tuple[Table, ...] = tuple(
-            (cos.new_zeros(key.tokens, cos.shape[1]), sin.new_zeros(key.tokens, sin.shape[1]))
-            for cos, sin in given.tables
-        )
-        layout = given.layout._replace(starts=self._starts, longest=key.longest)
-        self._given = Pass(self._tables, layout)
+        self._given = _padded(given, key)
         self._run: FusedPass | None = None
         self._replays: list[Callable[[], None]] = []
         self._fill(x, given)
@@ -251,7 +270,7 @@ class Recording:
         dx = run.backward(self._hidden)
         if dx is not None:
             self._stream.copy_(dx)
-        _copy_all(self._gradients.parts, [run.gradients[number] for number in self._gradients.ids])
+        _copy_all(self._gradients.parts, [run.gradients.found[number] for number in self._gradients.ids])
 
     def forward(self, x: Tensor, given: Pass) -> Tensor:
         """The hidden states, the caller's own."""
@@ -267,14 +286,9 @@ class Recording:
         return self._stream[: len(dh)].clone() if self.key.wants_x else None, self._gradients.copy()
 
     def _fill(self, x: Tensor, given: Pass) -> None:
-        assert given.layout is not None
         _lay(self._stream, x)
-        for ours, theirs in zip(self._tables, given.tables, strict=True):
-            for buffer, table in zip(ours, theirs, strict=True):
-                buffer[: len(x)].copy_(table)  # beyond it any numbers will do
-        starts = given.layout.starts
-        self._starts[len(starts) :].fill_(self.key.tokens)
-        self._starts[: len(starts)].copy_(starts)
+        for ours, theirs in zip(_tensors(self._given), _tensors(_padded(given, self.key)), strict=True):
+            ours.copy_(theirs)
 
 
 class _Replayed(torch.autograd.Function):
@@ -295,20 +309,23 @@ class _Replayed(torch.autograd.Function):
         return None, None, dx, *gradients
 
 
-def _key(x: Tensor, given: Pass, factors: Factors | None, plan: Plan | None) -> Key:
+def _padded(given: Pass, key: Key) -> Pass:
+    """The same for a batch padded to the key, in memory of its own; beyond the batch any rotation will do."""
     layout = given.layout
     assert layout is not None
-    tokens, sequences, longest = len(x), len(layout.starts) - 1, layout.longest
-    if not layout.even:  # kernels for even batches take no padding
-        step = max(ROWS, _power_of_two(tokens) // 8)
-        padded = -(-tokens // step) * step
-        sequences = max(SEQUENCES, _power_of_two(sequences + (padded > tokens)))
-        # By powers of four from that of the padding on: the kernels' programs beyond a sequence's end do nothing.
-        bound = step
-        while bound < longest:
-            bound *= 4
-        tokens, longest = padded, bound
-    return Key(tokens, sequences, longest, layout.even, x.dtype, factors, plan is not None and x.requires_grad, plan)
+    tables = tuple(
+        (F.pad(cos, (0, 0, 0, key.tokens - len(cos))), F.pad(sin, (0, 0, 0, key.tokens - len(sin))))
+        for cos, sin in given.tables
+    )
+    starts = F.pad(layout.starts, (0, key.sequences + 1 - len(layout.starts)), value=key.tokens)
+    keys = layout.keys and padded(layout.keys, key.sequences, key.keys, key.tokens)
+    return Pass(tables, layout._replace(starts=starts, longest=key.longest, keys=keys))
+
+
+def _tensors(given: Pass) -> list[Tensor]:
+    """All that a pass is given besides x."""
+    assert given.layout is not None
+    return [*itertools.chain(*given.tables), given.layout.starts, *(given.layout.keys or ())]
 
 
 def _are(parameters: Sequence[nn.Parameter], factors: Factors | None) -> bool:
@@ -327,3 +344,13 @@ def _lay(buffer: Tensor, rows: Tensor) -> None:
 def _power_of_two(count: int) -> int:
     """The first that is not smaller."""
     return 1 << (count - 1).bit_length()
+
+
+def _step(count: int) -> int:
+    """What tokens or keys are padded to a multiple of."""
+    return max(ROWS, _power_of_two(count) // 8)
+
+
+def _up(count: int, step: int) -> int:
+    """The first multiple that is not smaller."""
+    return -(-count // step) * step

@@ -15,7 +15,7 @@ from burnish.model.graphed import Key, Recording
 from burnish.model.shelf import keep_inputs
 from burnish.settings import AdapterSettings, ModelSettings, OptimSettings, RunSettings
 from burnish.types import Batch
-from tests.tiny import tiny_batch, tiny_folder
+from tests.tiny import Groups, tiny_batch, tiny_folder, tiny_shared_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SHAPE = {
@@ -29,6 +29,15 @@ SHAPE = {
 }
 RAGGED = ((300, 17, 1, 200, 5), (290, 300), (700,), (257, 256, 255), (600, 1, 1, 1, 1, 1, 1))
 """All are padded to 768 tokens in 8 sequences of at most 1024."""
+SHARED: tuple[Groups, ...] = (
+    ((200, (100, 150)), (50, (60, 40))),
+    ((60, (150, 130, 110)), (100, (60, 90))),
+    ((255, (200, 250)),),
+    ((1, (350,)), (30, (40, 41, 42, 43))),
+    ((200, (284, 284)),),  # 768 tokens as they are: the padding has keys alone
+    ((256, (256, 256)),),  # needs no padding
+)
+"""All are padded to 768 tokens and 1024 keys in 8 sequences of at most 512."""
 
 
 def opened(folder: Path, storage: str = "bf16", dtype: str = "auto") -> tuple[Decoder, str]:
@@ -60,6 +69,10 @@ def batches(lengths: tuple[tuple[int, ...], ...]) -> list[Batch]:
     return [tiny_batch(part, SHAPE["vocab_size"], seed).to("cuda") for seed, part in enumerate(lengths)]
 
 
+def shared_batches() -> list[Batch]:
+    return [tiny_shared_batch(groups, seed)[1].to("cuda") for seed, groups in enumerate(SHARED)]
+
+
 @pytest.mark.parametrize("memory", ["keep", "least"])
 @pytest.mark.parametrize("storage", ["bf16", "nf4"])
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
@@ -67,14 +80,15 @@ def test_errs_at_most_twice_as_much_as_launch_by_launch(tmp_path, architecture, 
     model, adapter = opened(tiny_folder(tmp_path / "model", architecture, **SHAPE), storage)
     if memory == "least":
         model.plan, model.planner = keep_inputs(3), None
-    given = [*batches(RAGGED), *batches(((256,) * 4, (64,) * 9))]
+    given = [*batches(RAGGED), *batches(((256,) * 4, (64,) * 9)), *shared_batches()]
     launched = [gradients(model, batch, adapter) for batch in given]
     recordings = use_graphs(model)
     replayed = [gradients(model, batch, adapter) for batch in [*given, *given, *given]][len(given) :]
-    assert [(key.tokens, key.sequences, key.longest, key.even) for key in recordings] == [
-        (768, 8, 1024, False),
-        (1024, 4, 256, True),
-        (576, 9, 64, True),
+    assert [(key.tokens, key.sequences, key.longest, key.keys, key.even) for key in recordings] == [
+        (768, 8, 1024, 0, False),
+        (1024, 4, 256, 0, True),
+        (576, 9, 64, 0, True),
+        (768, 8, 512, 1024, False),
     ]
     model.fused, model.dtype = None, torch.float32
     exact = [gradients(model, batch, adapter) for batch in given]
@@ -88,14 +102,31 @@ def test_errs_at_most_twice_as_much_as_launch_by_launch(tmp_path, architecture, 
 @pytest.mark.parametrize("storage", ["bf16", "nf4"])
 def test_8_bit_matmuls(tmp_path, storage) -> None:
     model, adapter = opened(tiny_folder(tmp_path / "model", **SHAPE), storage, "fp8")
-    given = batches(RAGGED)
+    given = [*batches(RAGGED), *shared_batches()]
     launched = [gradients(model, batch, adapter) for batch in given]
     recordings = use_graphs(model)
     replayed = [gradients(model, batch, adapter) for batch in [*given, *given]][len(given) :]
-    assert len(recordings) == 1
+    assert len(recordings) == 2
     for ours, theirs in zip(replayed, launched, strict=True):
         for name, value in theirs.items():
             assert (ours[name] - value).norm() < 0.1 * value.norm(), name
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp8"])
+def test_log_probs_are_the_same_to_the_last_bit_before_a_recording_and_with_it(tmp_path, dtype) -> None:
+    model, adapter = opened(tiny_folder(tmp_path / "model", **SHAPE), "nf4", dtype)
+    recordings = use_graphs(model)
+    (ragged,) = batches(RAGGED[:1])
+    for batch in (ragged, shared_batches()[0]):
+        known = len(recordings)
+        found = [gradients(model, batch, adapter)["log_probs"]]
+        assert len(recordings) == known
+        found += [gradients(model, batch, adapter)["log_probs"] for _ in range(2)]
+        assert len(recordings) == known + 1
+        with torch.no_grad():
+            found += [model.log_probs(batch, adapter).double() for _ in range(2)]
+        assert len(recordings) == known + 2
+        assert all(torch.equal(log_probs, found[0]) for log_probs in found)
 
 
 def test_forward_alone_and_in_between(tmp_path) -> None:
