@@ -12,7 +12,7 @@ from burnish.model.checkpoint import load_model
 from burnish.model.decoder import Decoder
 from burnish.model.shelf import NAMES, Plan
 from burnish.types import Batch
-from tests.tiny import randomize, tiny_batch, tiny_folder, tiny_shared_batch
+from tests.tiny import tiny_batch, tiny_folder, tiny_shared_batch
 
 LENGTHS = (11, 4, 19, 7)
 SHAPE = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3}
@@ -41,7 +41,6 @@ def double(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def prepared(folder: Path, storage: str, targets: str | tuple[str, ...] = "all-linear", rank: int = 3) -> Decoder:
     model = load_model(folder, storage)
-    randomize(model)
     if storage != "full":
         generator = torch.Generator().manual_seed(0)
         add_adapter(model, "a", AdapterSpec(rank=rank, alpha=2.0 * rank, targets=targets), generator)
