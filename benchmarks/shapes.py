@@ -1,26 +1,5 @@
-"""The shapes of models that are measured, as their config.json says them. Imports nothing."""
+"""The shapes of models that are measured: those of `burnish bench`. Imports no torch."""
 
-LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
-IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False}
-SHAPES = {
-    "llama-2-7b": LLAMA
-    | IDS
-    | {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
-    | {"num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096, "rope_theta": 10000.0},
-    "llama-3.1-8b": LLAMA
-    | IDS
-    | {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-    | {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192, "rope_theta": 500000.0},
-    "qwen-2.5-0.5b": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu"}
-    | IDS
-    | {"rms_norm_eps": 1e-6, "tie_word_embeddings": True, "use_sliding_window": False}
-    | {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
-    | {"num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768, "rope_theta": 1e6},
-    "tiny": LLAMA
-    | IDS
-    | {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    | {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rope_theta": 10000.0},
-}
-"""`tiny` tries a script out on a CPU."""
-FIRST_ID = 4
-"""Ids below it are special; what is drawn at random starts here."""
+from burnish.model.shapes import FIRST_ID, SHAPES
+
+__all__ = ["FIRST_ID", "SHAPES"]
