@@ -29,6 +29,7 @@ from burnish.data.comparisons import Comparisons
 from burnish.data.tokenizer import read_json
 from burnish.engine.mesh import Mesh
 from burnish.engine.roles import Role
+from burnish.engine.room import Room
 from burnish.engine.start import Start
 from burnish.model.checkpoint import base_fingerprint
 from burnish.settings import ModelSettings, RunSettings
@@ -77,11 +78,15 @@ def ask_about_all(
 ) -> Known:
     """What the reference says of every sequence that one pass over each stream brings; the ranks share the work."""
     known: dict[bytes, NDArray[numpy.float32]] = {}
+    room = Room()
+
+    def ask(batch: PreferenceBatch) -> NDArray[numpy.float32]:
+        return role.log_probs(batch.to(mesh.device)).cpu().numpy()
+
     steps = [(stream, step) for stream in streams for step in range(stream.steps_in(1))]
     for done, (stream, step) in enumerate(steps, 1):
         own: dict[bytes, NDArray[numpy.float32]] = {}
-        for batch in stream.step(step):
-            log_probs = role.log_probs(batch.to(mesh.device)).cpu().numpy()
+        for batch, log_probs in room.each(stream.step(step), ask):
             own |= {name: log_probs[scored] for name, scored in contents(batch)}
         for part in mesh.collect(own):
             known |= part

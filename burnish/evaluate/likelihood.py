@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from burnish.data.packing import collate, pack
+from burnish.engine.room import Room
 from burnish.losses.likelihood import cross_entropy
 from burnish.model.decoder import Decoder
 from burnish.types import Sequence as TokenSequence
@@ -15,14 +16,17 @@ from burnish.types import Sequence as TokenSequence
 def held_out_loss(
     model: Decoder, sequences: Sequence[TokenSequence], adapter: str | None, microbatch_tokens: int
 ) -> dict[str, float]:
-    """Mean loss, perplexity and accuracy over all weighted tokens: sums over batches, divided once."""
+    """Mean loss, perplexity and accuracy over all weighted tokens: sums over batches, divided once.
+
+    Batches that memory does not suffice for are divided.
+    """
     device = next(model.parameters()).device
     loss, correct, total = 0.0, 0.0, 0.0
     training = model.training
     model.eval()
-    for members in pack([len(s.ids) for s in sequences], microbatch_tokens):
-        batch = collate([sequences[i] for i in members]).to(device)
-        scores = model.score(batch, adapter)
+    packs = pack([len(s.ids) for s in sequences], microbatch_tokens)
+    batches = (collate([sequences[i] for i in members]).to(device) for members in packs)
+    for batch, scores in Room().each(batches, lambda batch: model.score(batch, adapter)):
         summed, metrics = cross_entropy(scores.log_probs.double(), batch.weights.double(), scores.correct)
         loss, correct = loss + summed.item(), correct + metrics["mean_token_accuracy"].item()
         total += batch.total_weight

@@ -6,6 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from burnish.engine.room import Room
 from burnish.types import Batch
 
 B = TypeVar("B", bound=Batch)
@@ -18,13 +19,15 @@ def evaluate_objective(
     objective: Callable[[B], tuple[Tensor, dict[str, Tensor]]],
     count: Callable[[B], float],
 ) -> dict[str, float]:
-    """The loss and every named sum of the objective over all batches, divided by their count; dropout is off."""
+    """The loss and every named sum of the objective over all batches, divided by their count; dropout is off.
+
+    Batches that memory does not suffice for are divided.
+    """
     training = model.training
     model.eval()
     sums: dict[str, float] = {}
     total = 0.0
-    for batch in batches:
-        loss, metrics = objective(batch)
+    for batch, (loss, metrics) in Room().each(batches, objective):
         for name, value in {"loss": loss, **metrics}.items():
             sums[name] = sums.get(name, 0.0) + value.double().item()
         total += count(batch)

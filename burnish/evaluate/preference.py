@@ -14,7 +14,9 @@ from burnish.data.comparisons import Comparisons
 from burnish.data.packing import pack
 from burnish.engine.rewards import Normaliser
 from burnish.engine.roles import Role
+from burnish.engine.room import Room
 from burnish.ops.sequences import sequence_last
+from burnish.types import Batch
 
 Array = NDArray[numpy.float64]
 
@@ -31,14 +33,18 @@ def score_comparisons(
     role: Role, comparisons: Comparisons, microbatch_tokens: int, share_prefix: bool = True
 ) -> list[float]:
     """The raw score of every sequence of the comparisons, in their order; dropout is off."""
-    model = role.model
+    model, room = role.model, Room()
     found = [0.0] * len(comparisons.sequences)
     sizes = comparisons.sizes(share_prefix)
     training = model.training
     model.eval()
+
+    def read(batch: Batch) -> list[float]:
+        return sequence_last(role.values(batch), batch).tolist()
+
     for members in pack(sizes, max(microbatch_tokens, int(sizes.max(initial=0)))):
         batch = collate_comparisons([comparisons[unit] for unit in members], share_prefix).to(model.device)
-        scores = iter(sequence_last(role.values(batch), batch).tolist())
+        scores = (score for _, part in room.each([batch], read) for score in part)
         for unit in members:
             for sequence in range(int(comparisons.units[unit]), int(comparisons.units[unit + 1])):
                 found[sequence] = next(scores)

@@ -10,8 +10,9 @@ from burnish.data.packing import collate, pack
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
 from burnish.engine.roles import Role
+from burnish.engine.room import Room
 from burnish.evaluate.tasks import write_answers
-from burnish.types import Prompt, Rollout
+from burnish.types import Batch, Prompt, Rollout
 from burnish.types import Sequence as TokenSequence
 
 NUM_DRAWN = 128
@@ -92,10 +93,14 @@ class Versus:
         modes = [(role.model, role.model.training) for role in (self.policy, reference)]
         for decoder, _ in modes:
             decoder.eval()
-        for members in pack([len(s.ids) for s in sequences], max(longest, self.microbatch_tokens)):
-            batch = collate([sequences[i] for i in members]).to(model.device)
+        packs = pack([len(s.ids) for s in sequences], max(longest, self.microbatch_tokens))
+        batches = (collate([sequences[i] for i in members]).to(model.device) for members in packs)
+
+        def log_ratios(batch: Batch) -> torch.Tensor:
             ratio_T = self.policy.log_probs(batch).double() - reference.log_probs(batch).double()
-            ratio_T = ratio_T.where(batch.weights != 0, 0.0)
+            return ratio_T.where(batch.weights != 0, 0.0)
+
+        for _, ratio_T in Room().each(batches, log_ratios):
             total, moved = total + ratio_T.sum().item(), moved or bool(ratio_T.any())
         for decoder, mode in modes:
             decoder.train(mode)

@@ -69,7 +69,7 @@ def main(config: Config) -> dict[str, Any]:
         policy, reference = cast.policy, cast.reference
         updates = config.epochs * config.minibatches
         learner = learner_of(cast.policy_parameters, config.optim, task.steps * updates, mesh)
-        practice = Practice(task, cast, mesh, config.minibatches)
+        practice = Practice(task, cast, mesh, config.minibatches, learner.room)
 
         # 3. Before any weight changes: log-probs of the answers, and how each compares with the others of its group.
         def observe(batch: RolloutBatch) -> RolloutBatch:

@@ -110,7 +110,7 @@ def main(config: Config) -> dict[str, Any]:
         updates, warmup = config.epochs * config.minibatches, config.value.warmup
         policy_learner = learner_of(cast.policy_parameters, config.optim, (task.steps - warmup) * updates, mesh)
         value_learner = learner_of(cast.value_parameters, config.value_optim, task.steps * updates, mesh)
-        practice = Practice(task, cast, mesh, config.minibatches)
+        practice = Practice(task, cast, mesh, config.minibatches, policy_learner.room)
 
         # 3. What each token earned, and how much of it the value model did not expect; before any weight changes.
         def observe(batch: RolloutBatch) -> RolloutBatch:

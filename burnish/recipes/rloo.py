@@ -41,7 +41,7 @@ def main(config: Config) -> dict[str, Any]:
         cast = open_cast(task, mesh)
         policy, reference = cast.policy, cast.reference
         learner = learner_of(cast.policy_parameters, config.optim, task.steps, mesh)
-        practice = Practice(task, cast, mesh)
+        practice = Practice(task, cast, mesh, room=learner.room)
 
         # 3. Before any weight changes: log-probs of the answers, and what each is worth: R = score − β Σ_t k_t.
         def observe(batch: RolloutBatch) -> RolloutBatch:

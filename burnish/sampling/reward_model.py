@@ -13,9 +13,10 @@ from burnish.engine.assemble import activation_dtype
 from burnish.engine.mesh import Mesh
 from burnish.engine.rewards import REWARD, normaliser
 from burnish.engine.roles import Role
+from burnish.engine.room import Room
 from burnish.model.checkpoint import load_model
 from burnish.ops.sequences import sequence_last
-from burnish.types import Example, Message, Rollout
+from burnish.types import Batch, Example, Message, Rollout
 from burnish.types import Sequence as TokenSequence
 
 Ids = Sequence[int]
@@ -95,17 +96,21 @@ def last_values(role: Role, sequences: Sequence[Ids], microbatch_tokens: int, me
     With `mesh` the model may be laid over ranks, all of which must call it: a rank with fewer batches goes through the
     model as often as the others.
     """
-    model, found = role.model, [0.0] * len(sequences)
+    model, room, found = role.model, Room(), [0.0] * len(sequences)
     lengths = [len(ids) for ids in sequences]
     packs = pack(lengths, max([microbatch_tokens, *lengths]))
     passes = max(mesh.collect(len(packs))) if mesh is not None and mesh.world > 1 else len(packs)
     training = model.training
     model.eval()
+
+    def read(batch: Batch) -> list[float]:
+        return sequence_last(role.values(batch), batch).tolist()
+
     for number in range(passes):
         members = packs[number] if number < len(packs) else []
         rows = [TokenSequence(tuple(sequences[i]), (0.0,) * lengths[i], 0) for i in members]
         batch = collate(rows or [TokenSequence((0,), (0.0,), 0)]).to(model.device)
-        scores = sequence_last(role.values(batch), batch).tolist()
+        scores = (score for _, part in room.each([batch], read) for score in part)
         for member, score in zip(members, scores, strict=False):
             found[member] = score
     model.train(training)
