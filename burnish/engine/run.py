@@ -237,7 +237,9 @@ class Run:
         device = self.mesh.device
         self._measured_step -= 1
         if device.type == "cuda" or self._measured_step == 0:
-            held = [*self.model.parameters(), *self.model.buffers(), *self._optimizer_tensors().values()]
+            held: list[Tensor] = []
+            if device.type != "cuda":  # which counts by itself
+                held = [*self.model.parameters(), *self.model.buffers(), *self._optimizer_tensors().values()]
             with measured_peak(device, held) as peak:
                 yield peak
         else:

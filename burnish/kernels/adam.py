@@ -1,8 +1,10 @@
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 """AdamW over any number of tensors in one launch, their addresses in a table: the twin of `optim.adamw`, bit for bit.
 
-A table has a row per tensor: the addresses of weight, gradient and both moments, and with 8-bit moments those of their
-scales; a gradient at 0 is none, and its tensor is left alone. Each program takes one chunk of one tensor.
+A table has a row per tensor, or per piece of one whose moments lie in several places: the addresses of weight, gradient
+and both moments, and with 8-bit moments those of their scales, each where the tensor's first value has its own or would
+have it. A gradient at 0 is none, and its tensor is left alone. Each program takes one chunk of one tensor, and a launch
+as many programs of the table as it is told to.
 """
 
 from collections.abc import Sequence
@@ -22,32 +24,37 @@ class Table(NamedTuple):
     """Tensors of one dtype and kind of state, for one launch."""
 
     addresses: Tensor
-    """int64 [tensors, 4], or 6 with 8-bit moments: weight, gradient, moments, their scales."""
+    """int64 [rows, 4], or 6 with 8-bit moments: weight, gradient, moments, their scales."""
     facts: Tensor
-    """int64 [tensors, 2]: how many values, and the tensor's number, which its random numbers hang on."""
+    """int64 [all rows, 2]: how many values, and the tensor's number, which its random numbers hang on."""
     chunks: Tensor
-    """int32 [programs, 2]: which tensor, and which chunk of it."""
+    """int32 [all programs, 2]: which row, and which chunk of its tensor."""
     half: bool
     """Weights and gradients are bf16, else fp32."""
     aligned: bool
     """Every address is a multiple of 16."""
+    row: int
+    """Of which row the first addresses are."""
+    programs: range
+    """Those whose rows have addresses."""
 
 
-def chunks_of(counts: Sequence[int]) -> Tensor:
-    """The chunks of tensors of so many values, for a table."""
-    programs = torch.tensor([triton.cdiv(count, _CHUNK) for count in counts])
-    tensor = torch.arange(len(counts)).repeat_interleave(programs)
-    chunk = torch.arange(len(tensor)) - (programs.cumsum(0) - programs).repeat_interleave(programs)
-    return torch.stack([tensor, chunk], dim=1).int()
+def chunks_of(spans: Sequence[tuple[int, int]]) -> Tensor:
+    """The chunks of rows that begin and end at these values of their tensors, for a table."""
+    assert all(first % _CHUNK == 0 for first, _ in spans)
+    programs = torch.tensor([triton.cdiv(last - first, _CHUNK) for first, last in spans])
+    row = torch.arange(len(spans)).repeat_interleave(programs)
+    before = programs.cumsum(0) - programs - torch.tensor([first // _CHUNK for first, _ in spans])
+    return torch.stack([row, torch.arange(len(row)) - before.repeat_interleave(programs)], dim=1).int()
 
 
 def squares(table: Table) -> Tensor:
     """The sum of squares of each chunk of the gradients, in fp32."""
-    sums = torch.empty(len(table.chunks), dtype=torch.float32, device=table.chunks.device)
-    if len(table.chunks):
+    sums = torch.empty(len(table.programs), dtype=torch.float32, device=table.chunks.device)
+    if len(table.programs):
         with _on(sums.device):
-            _squares[(len(table.chunks),)](
-                table.addresses, table.facts, table.chunks, sums,
+            _squares[(len(table.programs),)](
+                table.addresses, table.facts, table.chunks, sums, table.programs.start, table.row,
                 WIDTH=table.addresses.shape[1], HALF=table.half, ALIGNED=table.aligned, CHUNK=_CHUNK, BLOCK=_BLOCK,
                 num_warps=8,
             )  # fmt: skip
@@ -63,11 +70,12 @@ def update(
     eps, and each beta with 1 minus it. `maps` are the 8-bit levels of both moments and the tables that find the
     nearest of them (`optim.eight_bit`), or none where moments are fp32.
     """
-    if not len(table.chunks):
+    if not len(table.programs):
         return
     with _on(scale.device):
-        _update[(len(table.chunks),)](
+        _update[(len(table.programs),)](
             table.addresses, table.facts, table.chunks, scale, *numbers, seed, step, *(maps or [scale] * 6),
+            table.programs.start, table.row,
             WIDTH=table.addresses.shape[1], HALF=table.half, EIGHT=bool(maps), ALIGNED=table.aligned,
             LOWEST=lowest, CHUNK=_CHUNK, BLOCK=_BLOCK, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
@@ -78,12 +86,12 @@ def _on(device: torch.device):
 
 
 @triton.jit
-def _place(chunks, facts, CHUNK: tl.constexpr):
-    """Which tensor a program works on, from which value, and up to which."""
-    program = tl.program_id(0)
-    tensor = tl.load(chunks + 2 * program).to(tl.int64)
+def _place(chunks, facts, first_program, CHUNK: tl.constexpr):
+    """Which row a program works on, from which value of its tensor, and up to which."""
+    program = tl.program_id(0) + first_program
+    row = tl.load(chunks + 2 * program).to(tl.int64)
     first = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
-    return tensor, first, tl.minimum(first + CHUNK, tl.load(facts + 2 * tensor))
+    return row, first, tl.minimum(first + CHUNK, tl.load(facts + 2 * row))
 
 
 @triton.jit
@@ -109,13 +117,13 @@ def _gradient(address, start, offset, mask, HALF: tl.constexpr, ALIGNED: tl.cons
     return tl.load(pointer + offset, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_program", "first_row"])
 def _squares(
-    addresses, facts, chunks, sums,
+    addresses, facts, chunks, sums, first_program, first_row,
     WIDTH: tl.constexpr, HALF: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tensor, first, last = _place(chunks, facts, CHUNK)
-    address = tl.load(addresses + tensor * WIDTH + 1)
+    row, first, last = _place(chunks, facts, first_program, CHUNK)
+    address = tl.load(addresses + (row - first_row) * WIDTH + 1)
     total = tl.zeros((BLOCK // 256, 256), tl.float32)
     if address != 0:
         for part in range(0, CHUNK, BLOCK):
@@ -131,16 +139,16 @@ def _squares(
     tl.store(sums + tl.program_id(0), tl.sum(tl.sum(total, axis=1), axis=0))
 
 
-@triton.jit(do_not_specialize=["seed", "step"])
+@triton.jit(do_not_specialize=["seed", "step", "first_program", "first_row"])
 def _update(
     addresses, facts, chunks, scale, decay, size, inverse_root, eps, beta1, rest1, beta2, rest2, seed, step,
-    levels1, levels2, guess1, middles1, guess2, middles2,
+    levels1, levels2, guess1, middles1, guess2, middles2, first_program, first_row,
     WIDTH: tl.constexpr, HALF: tl.constexpr, EIGHT: tl.constexpr, ALIGNED: tl.constexpr, LOWEST: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tensor, first, last = _place(chunks, facts, CHUNK)
-    number = tl.load(facts + 2 * tensor + 1)
-    row = addresses + tensor * WIDTH
+    place, first, last = _place(chunks, facts, first_program, CHUNK)
+    number = tl.load(facts + 2 * place + 1)
+    row = addresses + (place - first_row) * WIDTH
     factor = tl.load(scale)
     # A gradient that is no number leaves everything as it was: whoever asked for the step hears of it later.
     if (tl.load(row + 1) != 0) & (factor == factor):

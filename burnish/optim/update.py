@@ -45,22 +45,26 @@ def reference_update(
     scale: Tensor | None,
     key: int,
     counter: tuple[int, int],
+    first: int = 0,
 ) -> None:
-    """One tensor's step in plain PyTorch, a slice at a time: what the kernel is held to, rounding by rounding."""
+    """One tensor's step in plain PyTorch, a slice at a time: what the kernel is held to, rounding by rounding.
+
+    Of a tensor that is given in pieces `first` is where this one begins.
+    """
     weights, gradients = parameter.view(-1), gradient.reshape(-1)
     for start in range(0, weights.numel(), _SLICE):
         part = slice(start, start + _SLICE)
         grad = gradients[part].float()
         grad = grad if scale is None else grad * scale
-        first, second = _moments(state, part)
-        first = first * update.beta1 + grad * update.rest1
-        second = second * update.beta2 + grad * grad * update.rest2
+        mean, square = _moments(state, part)
+        mean = mean * update.beta1 + grad * update.rest1
+        square = square * update.beta2 + grad * grad * update.rest2
         # By way of fp64: on the CPU the fp32 root is a unit off for one value in five, and other machines differ.
-        root = second.double().sqrt().float() * update.inverse_root + update.eps
-        weight = weights[part].float() * update.kept - first / root * update.size
-        rounded = round_by_chance(weight, key, counter, start) if weights.dtype == torch.bfloat16 else weight
+        root = square.double().sqrt().float() * update.inverse_root + update.eps
+        weight = weights[part].float() * update.kept - mean / root * update.size
+        rounded = round_by_chance(weight, key, counter, first + start) if weights.dtype == torch.bfloat16 else weight
         weights[part].copy_(rounded)
-        _store(state, part, first, second)
+        _store(state, part, mean, square)
 
 
 def _moments(state: Mapping[str, Tensor], part: slice) -> tuple[Tensor, Tensor]:

@@ -170,7 +170,7 @@ def test_places_beyond_two_to_the_31st() -> None:
         norm = optimizer.clip(0.0)
         optimizer.step()
         torch.testing.assert_close(norm, parameters["w"].grad.view(-1)[-last:].float().norm(), rtol=1e-5, atol=0)
-        state = optimizer.state[parameters["w"]]
+        state = optimizer.tensors_of(parameters["w"])
         parameters["codes"] = state["state1"].view(-1)[-last:].clone()
     # The two round by chance with other random numbers: neighbours in bf16 at most.
     torch.testing.assert_close(large["w"].view(-1)[-last:], small["w"].view(-1), rtol=2**-7, atol=1e-6)

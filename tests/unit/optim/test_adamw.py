@@ -171,7 +171,7 @@ def test_an_8_bit_step_is_that_of_bitsandbytes(dtype: torch.dtype) -> None:
         bnb.optimizer_update_8bit_blockwise(
             "adam", gradient, p, *codes, *numbers, *maps, *absmax, weight_decay=DECAY, gnorm_scale=1.0
         )
-        state, half = optimizer.state[trained["w"]], dtype == torch.bfloat16
+        state, half = optimizer.tensors_of(trained["w"]), dtype == torch.bfloat16
         # bf16 weights are rounded by chance here and to the nearest there: a unit in the last place at most.
         torch.testing.assert_close(trained["w"].data, p, rtol=2**-7 if half else 1e-6, atol=1e-6)
         for i in (0, 1):
