@@ -474,6 +474,7 @@ MANY: tuple[Groups, ...] = (
     ((6, (10, 10)), (3, (2, 1))),  # 32 and 41
     ((2, (3,)), (1, (4, 4)), (3, (1, 1, 1)), (2, (2, 2)), (1, (1, 1))),  # 29 tokens in more sequences than a bucket has
     ((16, (5, 5)), (2, (3,))),
+    ((10, (2, 8)),),  # 20 and 30: 32 keys would leave 2 for 12 tokens of padding
 )
 
 
