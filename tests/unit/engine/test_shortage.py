@@ -203,6 +203,25 @@ def test_evaluation_divides_what_it_has_no_room_for(words, tmp_path, monkeypatch
     assert found["metrics"] == pytest.approx(whole["metrics"], rel=1e-5)
 
 
+@pytest.mark.parametrize("method", ["reward", "dpo", "dpo loss=kto"])
+def test_learning_from_comparisons_goes_on_with_smaller_micro_batches(method, words, tmp_path, monkeypatch, capsys):
+    answers = [("ab " * (i % 4) + "yes", "no " * (1 + i % 3) + "end") for i in range(16)]
+    rows = [{"prompt": f"say {i} plus {i * i}", "chosen": a, "rejected": b} for i, (a, b) in enumerate(answers)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["run.microbatch_tokens=256", "run.step_tokens=512", "run.steps=3", "adapter.dropout=0"]
+    words = [*method.split(), *words[1:], *more]
+    assert main([*words, f"run.folder={tmp_path / 'whole'}"]) == 0
+    room_for(monkeypatch, 120)
+    assert main(words) == 0
+    assert "step 1 ran out of memory with " in capsys.readouterr().out
+    for line, wanted in zip(lines(tmp_path / "run"), lines(tmp_path / "whole"), strict=True):
+        assert line.pop("microbatch_tokens", 0) <= 128
+        assert line == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    found, expected = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("run", "whole"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=2e-4)
+
+
 @pytest.mark.parametrize("method", ["ppo", "grpo", "rloo", "reinforce"])
 @pytest.mark.parametrize("first", [1, 2], ids=["observing", "updating"])
 def test_learning_from_answers_goes_on_with_smaller_micro_batches(method, first, tmp_path, monkeypatch, capsys):
