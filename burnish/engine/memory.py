@@ -192,9 +192,9 @@ def explained_peak(model: Decoder, learners: Sequence[Learner]) -> Generator[Exp
     """The peak of the step in the `with` block, and what held it, to be read after it.
 
     Weights are parameters that are no adapter's, with what is kept of them decoded; adapters are counted with the
-    copies that are multiplied with. Gradients are those that the optimizer finds. Activations are what the blocks made
-    in the forward pass and was still there at its end; the head's own is made from there until the gradient of the
-    hidden states is known. Let a step go before, which makes the states of the optimizer.
+    copies that are multiplied with. Gradients are those of parameters. Activations are what the blocks made in the
+    forward pass and was still there at its end; the head's own is made from there until the gradient of the hidden
+    states is known. Let a step go before, which makes the states of the optimizer.
     """
     found = Explained()
     weights, adapters = _weights(model), _adapters(model)
@@ -226,7 +226,8 @@ class Record:
     def __init__(self, place: Callable[[], int]) -> None:
         self._place = place
         self._begins, self._phases = [0], [""]
-        self._gradients: list[tuple[int, set[int]]] = []
+        self._gradients: dict[int, list[int]] = {}
+        """Their addresses, and by which events they were there."""
 
     def watch(self, model: Decoder, learners: Sequence[Learner], watching: ExitStack) -> None:
         """Note the phases from now on, until `watching` ends."""
@@ -246,8 +247,10 @@ class Record:
         model.hidden = noted  # so that no part of the model need know of this
         watching.callback(lambda: setattr(model, "hidden", hidden) if own else delattr(model, "hidden"))
         for learner in learners:
-            hook = learner.optimizer.register_step_pre_hook(partial(self.update, list(learner.parameters.values())))
-            watching.callback(hook.remove)
+            parameters = list(learner.parameters.values())
+            hooks = [parameter.register_hook(self.gradient) for parameter in parameters]
+            for hook in (*hooks, learner.optimizer.register_step_pre_hook(partial(self.update, parameters))):
+                watching.callback(hook.remove)
 
     def begin(self, phase: str) -> None:
         """A phase begins, and the one before ends."""
@@ -257,8 +260,13 @@ class Record:
     def update(self, parameters: Iterable[Tensor], *_: object) -> None:
         """The optimizer begins its step, on the gradients that these have."""
         self.begin(UPDATE)
-        gradients = {storage_of(p.grad).data_ptr() for p in parameters if p.grad is not None}
-        self._gradients.append((self._begins[-1], gradients))
+        for parameter in parameters:
+            if parameter.grad is not None:
+                self.gradient(parameter.grad)
+
+    def gradient(self, gradient: Tensor) -> None:
+        """This is there by now, and the gradient of a parameter: it may not last until the optimizer's step."""
+        self._gradients.setdefault(storage_of(gradient).data_ptr(), []).append(self._place())
 
     def made(self, events: Sequence[Event]) -> tuple[str, dict[str, int]]:
         """The phase of the peak, and the bytes of each class that the step itself made and that were there by then."""
@@ -270,9 +278,8 @@ class Record:
         return self._phase_at(peak)[0], found
 
     def _class_of(self, piece: "_Piece", end: int) -> str | None:
-        for place, addresses in self._gradients:
-            if piece.began < place <= piece.ended and piece.address in addresses:
-                return "gradients"
+        if any(piece.began < place <= piece.ended for place in self._gradients.get(piece.address, ())):
+            return "gradients"
         phase, until = self._phase_at(piece.began)
         if phase == FORWARD and piece.ended >= (end if until is None else until):
             return "activations"

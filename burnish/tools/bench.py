@@ -173,8 +173,11 @@ def _row(config: Config, word: str, length: int, folder: Path) -> Row:
 
 
 def _unit(method: str, length: int) -> int:
-    """Tokens that are computed for one sequence, or for one pair, whose shared half is computed once."""
-    return length if method == "sft" else 2 * length - length // 2
+    """Tokens that are computed for one sequence, or for one pair.
+
+    Half of a pair is shared and computed once, but for its last token: what follows that differs.
+    """
+    return length if method == "sft" else 2 * length - (length // 2 - 1)
 
 
 def _measured(config: Config, rows: Sequence[Row], folder: Path, length: int) -> list[Row]:
