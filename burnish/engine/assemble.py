@@ -126,6 +126,7 @@ def plan_of(decoder: Decoder, run: RunSettings, states: float, device: torch.dev
         storage=_storage(decoder),
         fp8=run.fp8,
         device=device.type,
+        embedding=_movable(decoder),
     )
     trained = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in trained if parameter.grad is None)
@@ -134,6 +135,12 @@ def plan_of(decoder: Decoder, run: RunSettings, states: float, device: torch.dev
     held = Held(in_use(device) if device.type == "cuda" else here, max(0, round(to_come)))
     sizes = sizes_of(decoder.config, work)
     return plan_for(sizes, len(decoder.config.layers), run.memory, held, device)
+
+
+def _movable(decoder: Decoder) -> int:
+    """Bytes of the embedding, where it may lie on the host."""
+    table = decoder.model.embed_tokens.weight
+    return table.nbytes if table.is_cuda and not table.requires_grad and not decoder.config.tied else 0
 
 
 def _storage(decoder: Decoder) -> str:

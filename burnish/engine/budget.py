@@ -10,11 +10,13 @@ gives is not needed again.
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import psutil
 import torch
 
+from burnish.engine.moments import Widths, backward_peak, forward_peak
 from burnish.model.families import DecoderConfig
 from burnish.model.shelf import NAMES, Plan, buffer_bytes, keep_everything, keep_inputs
 from burnish.ops.log_probs import CHUNK_LOGITS
@@ -28,6 +30,14 @@ LINK_RATE = 50e9
 """Bytes a second between pinned host memory and the device."""
 BANDWIDTH = 3e12
 """Bytes a second of device memory."""
+SMALLEST_TILE = 1024
+"""Tokens of an MLP's tile: fewer leave multiprocessors without work."""
+NEARLY = 1.15
+"""So much more than the least may be taken for speed where the least is asked for: a copy beside the computation."""
+TILED = 0.05
+"""What tiles cost of the seconds of the MLP's matmuls."""
+TINY = 1e-3
+"""What a copy that hides costs of its seconds: enough to prefer none."""
 STORED_BYTES = {"nf4": 0.52, "bf16": 2.0, "fp32": 4.0, "full": 4.0, "full16": 2.0}
 """Of a number, by storage."""
 
@@ -49,19 +59,19 @@ class Work(NamedTuple):
     """The type of the device: the head takes fewer rows at a time on a CPU."""
     passes: int = 1
     """Forward passes that wait at the same time for their backward passes."""
+    embedding: int = 0
+    """Bytes of the embedding, where it may lie on the host."""
 
 
 class Sizes(NamedTuple):
     """What a plan is made from: bytes and seconds of one pass over the largest micro-batch."""
 
-    saved: Mapping[str, int]
-    """Bytes of the tensors of a block that a plan decides over: `model.shelf.NAMES`."""
+    widths: Widths
+    """Of what passes through a block; a plan decides over those that are named in `model.shelf.NAMES`."""
     seconds: Mapping[str, float]
     """To compute each of them again; all but x, a block's input."""
     small: int
     """Kept for each block in any case."""
-    working: int
-    """The most that a block's backward pass needs beside all of the block's own tensors."""
     head: int
     """The most that the head needs."""
     forward: float
@@ -69,6 +79,14 @@ class Sizes(NamedTuple):
     decoded: int
     """The weights of a block as they are multiplied with; 0 where they are stored so, or trained."""
     passes: int = 1
+    tokens: int = 0
+    embedding: int = 0
+    """Of the embedding, where it may lie on the host: frozen, and not the head as well."""
+
+    @property
+    def saved(self) -> Mapping[str, int]:
+        """Bytes of the tensors that a plan decides over."""
+        return self.widths.saved
 
 
 class Held(NamedTuple):
@@ -104,18 +122,27 @@ def sizes_of(config: DecoderConfig, work: Work) -> Sizes:
     }
     factors = work.rank * (7 * hidden + heads + queries + 3 * inner)
     parameters = hidden * (heads + queries + 3 * inner)
-    scratch = hidden * max(heads, 2 * inner) * multiplied if other else 0
     logits = min(tokens * config.vocab_size, CHUNK_LOGITS[work.device])
+    trains = work.storage.startswith("full")
+    joints = {"qkv": hidden * heads, "o": queries * hidden, "gate_up": 2 * hidden * inner, "down": hidden * inner}
     return Sizes(
-        saved=saved,
+        widths=Widths(
+            saved=saved,
+            sums=4 * tokens * queries,
+            weights={name: count * multiplied if other else 0 for name, count in joints.items()},
+            eighths=1 / itemsize if work.fp8 else 0.0,
+            turned=0 if config.qk_norm == "none" else saved["qkv"] - tokens * (heads - queries) // 2 * itemsize,
+            own=round(joints["gate_up"] * STORED_BYTES[work.storage]) if trains else 0,
+        ),
         seconds=seconds,
         small=2 * 4 * tokens + (7 * tokens * work.rank + factors) * itemsize,
-        working=scratch + _working(saved, work),
         # The hidden states, those that are scored and the gradients of both; logits in fp32 and their gradient.
         head=4 * tokens * hidden * itemsize + logits * (4 + itemsize),
         forward=sum(seconds.values()) + linear(inner, hidden),
-        decoded=parameters * (2 if work.fp8 else itemsize) if other and not work.storage.startswith("full") else 0,
+        decoded=parameters * (2 if work.fp8 else itemsize) if other and not trains else 0,
         passes=work.passes,
+        tokens=tokens,
+        embedding=work.embedding,
     )
 
 
@@ -147,49 +174,93 @@ def free_bytes(device: torch.device) -> int:
 
 
 def make_plan(sizes: Sizes, num_blocks: int, room: int, host_room: int, fill: bool = True) -> Plan | None:
-    """The plan that keeps the most within `room` bytes of the device; None where not even the least fits.
+    """The plan that costs the fewest seconds within `room` bytes of the device; None where not even the least fits.
 
     At the least, what is kept of a block is its input: on the host where its copies hide under the block's forward
-    pass, or where the device has no room. The dearest of what else can hide there goes to the host as well, all within
-    `host_room` bytes. With `fill` the room is then filled in one order for any room, so that more room never keeps
-    less. Where everything is kept, weights stay decoded in as many blocks as fit.
+    pass, or where the device has no room. The dearest of what else can hide there may go to the host as well, all
+    within `host_room` bytes; MLPs may run over some tokens at a time, and the embedding be on the host. With `fill` the
+    room is then filled in one order for any room; without it, of the plans that take nearly the least the fastest is
+    taken. Where everything is kept, weights stay decoded in as many blocks as fit.
     """
+    plans = [plan for plan in _beginnings(sizes, num_blocks, host_room) if peak_bytes(plan, sizes) <= room]
+    if fill:
+        plans = [_filled(plan, sizes, room) for plan in plans]
+    elif plans:
+        least = min(peak_bytes(plan, sizes) for plan in plans)
+        plans = [plan for plan in plans if peak_bytes(plan, sizes) <= least * NEARLY]
+    return min(plans, key=lambda plan: _seconds(plan, sizes), default=None)
+
+
+def _beginnings(sizes: Sizes, num_blocks: int, host_room: int) -> list[Plan]:
+    """Plans that keep no more than inputs on the device."""
     names = _hidden(sizes)
-    plan = _least(sizes, num_blocks, names, host_room)
-    if peak_bytes(plan, sizes) > room and not names:
-        plan = _least(sizes, num_blocks, ["x"], host_room)
-    if peak_bytes(plan, sizes) > room:
-        return None
-    if not fill:
-        return plan
-    order = _dearest_first(sizes, plan, names)
+    choices = [names[: count + 1] for count in range(len(names))] or [[], ["x"]]
+    return [_least(sizes, num_blocks, chosen, host_room, tight) for chosen in choices for tight in (False, True)]
+
+
+def _filled(plan: Plan, sizes: Sizes, room: int) -> Plan:
+    """The plan with as much kept on the device as its room allows, then with weights decoded."""
+    order = _dearest_first(sizes, plan)
     fitting = bisect_right(range(len(order) + 1), room, key=lambda count: peak_bytes(_with(plan, order[:count]), sizes))
-    plan = _with(plan, order[: fitting - 1])
+    plan = _with(plan, order[: max(0, fitting - 1)])
     if fitting <= len(order) or not sizes.decoded:
         return plan
-    return Plan(plan.kept, plan.host, min(num_blocks, (room - peak_bytes(plan, sizes)) // sizes.decoded))
+    decoded = (replace(plan, dense_blocks=count) for count in range(len(plan.kept), 0, -1))
+    return next((more for more in decoded if peak_bytes(more, sizes) <= room), plan)
 
 
 def peak_bytes(plan: Plan, sizes: Sizes) -> int:
-    """The most bytes of activations and working memory at once: while the head runs, or the backward pass of a block.
+    """The most bytes of activations and working memory at once: while the head runs, or a block on its way back.
 
-    While a block runs, all of its own tensors are there, what is kept of those before it, and what of another one is on
+    While a block runs, what it computes with is there, what is kept of those before it, and what of another one is on
     its way to the host or back.
     """
     kept = [sum(sizes.saved[name] for name in names) for names in plan.kept]
-    away = [0, *(sum(sizes.saved[name] for name in names) for names in plan.host)]
     total, before = sum(kept), 0
-    peak = total + away[-1] + sizes.head
-    for block, own in enumerate(kept):
-        peak = max(peak, before + away[block] + _at_work(sizes))
+    peak = total + _away(plan, sizes)[-1] + sizes.head
+    for own, at_work in zip(kept, _block_peaks(plan, sizes), strict=True):
+        peak = max(peak, before + at_work)
         before += own
     waiting = sizes.passes * len(kept) * sizes.small + (sizes.passes - 1) * total
-    return peak + waiting + plan.dense_blocks * sizes.decoded
+    aside = sizes.embedding if plan.embedding_on_host else 0
+    return peak + waiting + plan.dense_blocks * sizes.decoded - aside
 
 
-def _at_work(sizes: Sizes) -> int:
-    """What the backward pass of one block takes, its own tensors among it."""
-    return sum(sizes.saved.values()) + sizes.working
+def _block_peaks(plan: Plan, sizes: Sizes) -> list[int]:
+    """The most that each block holds at work, forward or backward."""
+    share, away = _share(plan, sizes), _away(plan, sizes)
+    seen: dict[tuple[frozenset[str], frozenset[str], int, bool], int] = {}  # most blocks are alike
+    peaks: list[int] = []
+    for block, (kept, host) in enumerate(zip(plan.kept, plan.host, strict=True)):
+        key = kept, host, away[block], block < plan.dense_blocks
+        if key not in seen:
+            back = backward_peak(sizes.widths, kept, host, *key[2:], share)
+            seen[key] = max(back, forward_peak(sizes.widths, kept | host, *key[2:], share))
+        peaks.append(seen[key])
+    return peaks
+
+
+def _away(plan: Plan, sizes: Sizes) -> list[int]:
+    """What of the block before each, and of the last one, is on its way to the host or back."""
+    return [0, *(sum(sizes.saved[name] for name in names) for names in plan.host)]
+
+
+def _share(plan: Plan, sizes: Sizes) -> float:
+    """The part of the tokens that an MLP takes at a time."""
+    return 1.0 if plan.tile is None else min(1.0, plan.tile / sizes.tokens)
+
+
+def _seconds(plan: Plan, sizes: Sizes) -> float:
+    """What the plan costs: what is computed again, tiles that fill the device less well, rows over the bus."""
+    again = 0.0
+    for kept, host in zip(plan.kept, plan.host, strict=True):
+        again += sum(spent for name, spent in sizes.seconds.items() if name not in kept | host)
+        if plan.tile is not None and "gate_up" not in kept | host:
+            again += TILED * 3 * sizes.seconds["gate_up"]
+        again += sum(TINY * sizes.saved[name] / LINK_RATE for name in host)
+    if plan.embedding_on_host:
+        again += 2 * sizes.saved["x"] / LINK_RATE
+    return again
 
 
 def _worth(sizes: Sizes, name: str) -> float:
@@ -209,7 +280,7 @@ def _hidden(sizes: Sizes) -> list[str]:
     return found
 
 
-def _least(sizes: Sizes, num_blocks: int, names: Sequence[str], host_room: int) -> Plan:
+def _least(sizes: Sizes, num_blocks: int, names: Sequence[str], host_room: int, tight: bool) -> Plan:
     """These names go to the host, from the first block on, as far as it has room; otherwise only inputs are kept.
 
     The backward pass begins with the last block: nothing of it leaves.
@@ -222,11 +293,21 @@ def _least(sizes: Sizes, num_blocks: int, names: Sequence[str], host_room: int) 
         for block in range(count):
             host[block].add(name)
     kept = (frozenset({"x"} - names) for names in host)
-    return Plan(tuple(kept), tuple(map(frozenset, host)))
+    plan = Plan(tuple(kept), tuple(map(frozenset, host)))
+    if not tight:
+        return plan
+    tiles = [sizes.tokens >> halvings for halvings in range(1, 8) if sizes.tokens >> halvings >= SMALLEST_TILE]
+    best = plan
+    for tile in tiles if not sizes.widths.own else []:
+        tiled = replace(plan, tile=tile)
+        if peak_bytes(tiled, sizes) < peak_bytes(best, sizes):
+            best = tiled
+    return replace(best, embedding_on_host=sizes.embedding > 0)
 
 
-def _dearest_first(sizes: Sizes, plan: Plan, hidden: Sequence[str]) -> list[tuple[int, str]]:
+def _dearest_first(sizes: Sizes, plan: Plan) -> list[tuple[int, str]]:
     """All that is not kept yet: copies that do not hide, then by worth, last what hides; from the last block on."""
+    hidden = _hidden(sizes)
 
     def worth(place: tuple[int, str]) -> float:
         block, name = place
@@ -244,7 +325,7 @@ def _with(plan: Plan, places: Sequence[tuple[int, str]]) -> Plan:
     for block, name in places:
         kept[block].add(name)
         host[block].discard(name)
-    return Plan(tuple(map(frozenset, kept)), tuple(map(frozenset, host)))
+    return replace(plan, kept=tuple(map(frozenset, kept)), host=tuple(map(frozenset, host)))
 
 
 def _mean_keys(config: DecoderConfig, longest: int) -> float:
@@ -253,27 +334,14 @@ def _mean_keys(config: DecoderConfig, longest: int) -> float:
     return sum(window - window**2 / (2 * longest) for window in windows) / len(windows)
 
 
-def _working(saved: Mapping[str, int], work: Work) -> int:
-    """What the two halves of a block's backward pass make beside its tensors, the greater of the two.
-
-    Of the width of x: the gradients above and below the norm, what the norm gave, and the gradient of its sum.
-    """
-    x, heads, queries, gate_up = saved["x"], saved["qkv"], saved["attention"], saved["gate_up"]
-    eighths = 1 / work.itemsize if work.fp8 else 0  # gradients once more, in 8 bits
-    mlp = 4 * x + gate_up // 2 + (x + gate_up) * eighths
-    # The gradients of q, k and v turned and not, and what the kernel sums up in fp32, where gate and up were.
-    attention = 4 * x + 2 * heads + queries + queries * 4 // work.itemsize + (x + heads) * eighths - gate_up
-    return math.ceil(max(mlp, attention))
-
-
 def _too_little(sizes: Sizes, num_blocks: int, memory: str, held: Held, free: int, host_room: int) -> str:
     """One line: what takes how much, and what to write instead."""
-    least = peak_bytes(_least(sizes, num_blocks, _hidden(sizes) or ["x"], host_room), sizes)
-    work = max(_at_work(sizes), sizes.head)
+    plan = min(_beginnings(sizes, num_blocks, host_room), key=lambda plan: peak_bytes(plan, sizes))
+    least, block = peak_bytes(plan, sizes), max(_block_peaks(plan, sizes))
     needed = held.now + held.to_come + least
     table = (
         f"weights and adapters {_gb(held.now)}, gradients and optimizer {_gb(held.to_come)}, activations at least "
-        f"{_gb(least - work)}, workspace {_gb(_at_work(sizes))} in a block or {_gb(sizes.head)} in the head: "
+        f"{_gb(least - max(block, sizes.head))}, workspace {_gb(block)} in a block or {_gb(sizes.head)} in the head: "
         f"{_gb(needed)} in all"
     )
     if held.to_come + least <= free:

@@ -173,6 +173,8 @@ class Decoder(nn.Module):
             if self.planner is not None and torch.is_grad_enabled():
                 self.plan, self.planner = self.planner(), None
                 self.fused.hold_decoded(self.plan.dense_blocks)
+                if self.plan.embedding_on_host:
+                    self.model.embed_tokens.to_host()
             return self.fused(hidden_TD, given, adapter, self.plan)
         for layer in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():

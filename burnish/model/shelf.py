@@ -36,6 +36,8 @@ class Plan:
     """So many blocks, the first ones, hold their weights decoded, ready to be multiplied with."""
     tile: int | None = None
     """About so many tokens at a time go through an MLP whose gate and up are computed again; None: all at once."""
+    embedding_on_host: bool = False
+    """Whether the embedding lies in pinned memory there, where the device reads its rows."""
 
     def __post_init__(self) -> None:
         assert len(self.kept) == len(self.host)
