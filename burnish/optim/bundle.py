@@ -36,7 +36,7 @@ class Bundle:
         page: int,
         first_page: int,
     ) -> None:
-        """`numbers` are those of the parameters in the optimizer; pages have `page` bytes, from number `first_page` on."""
+        """`numbers` are those of the parameters in the optimizer; pages of `page` bytes begin with `first_page`."""
         self.group, self.parameters, self.numbers, self.eight, self.kernel = group, parameters, numbers, eight, kernel
         self.half = parameters[0].dtype == torch.bfloat16
         self.split = any(is_split(parameter) for parameter in parameters)

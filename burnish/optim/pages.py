@@ -112,7 +112,8 @@ class Pages:
         self._buffers: list[Tensor] = []
         self._inside: list[int | None] = []
         """Which page each buffer holds."""
-        self._arrived: list[torch.cuda.Event | None] = []
+        self._copied: list[torch.cuda.Event | None] = []
+        """When the last copy to or from each is done."""
         cuda = device.type == "cuda"
         self._inwards = torch.cuda.Stream(device) if cuda else None
         self._outwards = torch.cuda.Stream(device) if cuda else None
@@ -184,14 +185,15 @@ class Pages:
     def fetch(self, number: int) -> None:
         """Let the computing stream wait for a page on its way to its buffer, and send for the one before it."""
         self._begin(number)
-        if self._inwards is not None and (arrived := self._arrived[self._which(number)]) is not None:
-            torch.cuda.current_stream(self._device).wait_event(arrived)
+        if (copied := self._copied[self._which(number)]) is not None:
+            torch.cuda.current_stream(self._device).wait_event(copied)
         self._begin(number - 1)
 
     def updated(self, number: int) -> None:
         """Begin to copy a page back, after all that is computed so far."""
-        buffer = self._buffers[self._which(number)][: self._sizes[number]]
-        _copy(self._away[number], buffer, self._outwards, self._computing())
+        which = self._which(number)
+        buffer = self._buffers[which][: self._sizes[number]]
+        self._copied[which] = _copy(self._away[number], buffer, self._outwards, self._computing())
 
     def _computing(self) -> torch.cuda.Stream | None:
         return torch.cuda.current_stream(self._device) if self._inwards is not None else None
@@ -200,11 +202,9 @@ class Pages:
         if number not in self._away or self._inside[which := self._which(number)] == number:
             return
         # The buffer's last page has been sent for before this one: when that has left, this one may come.
-        _copy(self._buffers[which][: self._sizes[number]], self._away[number], self._inwards, self._outwards)
+        buffer = self._buffers[which][: self._sizes[number]]
+        self._copied[which] = _copy(buffer, self._away[number], self._inwards, self._outwards)
         self._inside[which] = number
-        if self._inwards is not None:
-            self._arrived[which] = arrived = torch.cuda.Event()
-            arrived.record(self._inwards)
 
     def _which(self, number: int) -> int:
         """A page's buffer: neighbours have different ones, and the last page the first."""
@@ -277,7 +277,7 @@ class Pages:
             self._buffers.append(buffer)
         del self._buffers[wanted:]
         self._inside = [None] * wanted
-        self._arrived = [None] * wanted
+        self._copied = [None] * wanted
 
     def _on_device(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
@@ -286,14 +286,19 @@ class Pages:
         return torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
 
 
-def _copy(to: Tensor, source: Tensor, stream: torch.cuda.Stream | None, after: torch.cuda.Stream | None) -> None:
-    """Begin to copy on a stream, after all that another one has to do by now; without streams at once."""
+def _copy(
+    to: Tensor, source: Tensor, stream: torch.cuda.Stream | None, after: torch.cuda.Stream | None
+) -> torch.cuda.Event | None:
+    """Begin to copy on a stream, after all that another one has to do by now; without streams it is done already."""
     if stream is None:
         to.copy_(source)
-        return
+        return None
     _wait(stream, after)
     with torch.cuda.stream(stream):
         to.copy_(source, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(stream)
+    return event
 
 
 def _wait(stream: torch.cuda.Stream | None, other: torch.cuda.Stream | None) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from burnish.optim import adamw as module
 from burnish.optim import eight_bit
 from burnish.optim.adamw import AdamW, optimizer_tensors
+from burnish.optim.pages import PAGE
 
 pytest.importorskip("triton")
 
@@ -18,14 +19,14 @@ KINDS = list(itertools.product([torch.float32, torch.bfloat16], [False, True]))
 kinds = pytest.mark.parametrize(("dtype", "eight"), KINDS)
 
 
-def made(dtype: torch.dtype, eight: bool, place: Callable[[Tensor], Tensor] = lambda t: t) -> AdamW:
+def made(dtype: torch.dtype, eight: bool, room: int | None = None, page: int = PAGE) -> AdamW:
     generator = torch.Generator().manual_seed(0)
-    drawn = [nn.Parameter(place((torch.randn(s, generator=generator) * 0.1).to(dtype))) for s in SHAPES]
+    drawn = [nn.Parameter((torch.randn(s, generator=generator) * 0.1).to(dtype)) for s in SHAPES]
     groups = [
         {"params": [p for p in drawn if p.ndim == 2], "weight_decay": 0.1},
         {"params": [p for p in drawn if p.ndim < 2]},
     ]
-    return AdamW(groups, 1e-2, (0.9, 0.99), 1e-8, eight, 7 + 2**33)
+    return AdamW(groups, 1e-2, (0.9, 0.99), 1e-8, eight, 7 + 2**33, room, page)
 
 
 def weights(optimizer: AdamW) -> list[nn.Parameter]:
@@ -103,10 +104,9 @@ def test_gradients_may_lie_anyhow(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_addresses_that_are_not_multiples_of_16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "takes_kernel", lambda tensor: True)
 
-    def shifted(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor.flatten()[:1], tensor.flatten()])[1:].view(tensor.shape)
-
-    straight, skewed = made(torch.bfloat16, False), made(torch.bfloat16, False, shifted)
+    straight, skewed = made(torch.bfloat16, False), made(torch.bfloat16, False)
+    for p in weights(skewed):
+        p.data = torch.cat([p.data.flatten()[:1], p.data.flatten()])[1:].view(p.shape)
     for optimizer in (straight, skewed):
         give_gradients(optimizer, 0)
         optimizer.step()
@@ -145,3 +145,65 @@ def test_two_look_ups_find_every_level(signed: bool) -> None:
     assert torch.equal(guess + (values > table.middles[guess]).int(), torch.bucketize(values, middles).int())
     edges = torch.cat([torch.zeros(1), ((torch.arange(1, 2945) + eight_bit.LOWEST).int() << 16).view(torch.float32)])
     assert torch.bucketize(edges, middles).diff().max() == 1  # no bucket has two midpoints
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that small tensors have several."""
+    for name in ("burnish.kernels.adam._CHUNK", "burnish.optim.pages.CHUNK", "burnish.optim.bundle.CHUNK"):
+        monkeypatch.setattr(name, 2048)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@kinds
+def test_pages_anywhere_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, eight: bool
+) -> None:
+    """Pages of one chunk, on the device or on the host, and moved between the norm and the step."""
+
+    def work(optimizer: AdamW) -> None:
+        for step in range(3):
+            give_gradients(optimizer, step)
+            if step == 1:
+                weights(optimizer)[0].grad = None
+            norms.append(optimizer.clip(1.0))
+            if room == 0 and step == 1:
+                optimizer.restore(10**9)
+            elif room == 0:
+                optimizer.evict(10**9)
+            optimizer.step()
+            assert (optimizer.away() > 0) == (room == 0 and step != 1)
+            optimizer.zero_grad()
+
+    monkeypatch.setattr(module, "takes_kernel", lambda tensor: True)
+    found: list[dict[str, Tensor]] = []
+    norms: list[Tensor] = []
+    for room in (None, 0):
+        optimizer = made(dtype, eight, room, 5000)
+        work(optimizer)
+        found.append(tensors(optimizer))
+    assert_equal((found[0], found[1]))
+    assert torch.equal(torch.stack(norms[:3]), torch.stack(norms[3:]))
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("room", [None, 0])
+def test_gradients_taken_one_by_one_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, room: int | None) -> None:
+    monkeypatch.setattr(module, "takes_kernel", lambda tensor: True)
+    whole, parted = made(torch.bfloat16, True), made(torch.bfloat16, True, room, 5000)
+    for step in range(2):
+        give_gradients(whole, step)
+        if step == 1:
+            weights(whole)[2].grad = None
+        norm = whole.clip(1.0)
+        whole.step()
+        for take in (parted.measure_one, parted.step_one):
+            give_gradients(parted, step)
+            for p, other in reversed(list(zip(weights(parted), weights(whole), strict=True))):
+                if other.grad is not None:
+                    take(p)
+                p.grad = None
+            if take == parted.measure_one:
+                assert torch.equal(parted.clip(1.0), norm)
+    assert (parted.away() > 0) == (room == 0)
+    assert_equal((tensors(whole), tensors(parted)))
