@@ -23,6 +23,7 @@ from burnish.losses.preference import Options, pairs_of, preference_loss
 from burnish.model.decoder import Decoder
 from burnish.model.shapes import FIRST_ID
 from burnish.model.shelf import Plan
+from burnish.optim.adamw import AdamW
 from burnish.settings import TrainingSettings
 from burnish.types import Batch, Comparison, PreferenceBatch
 from burnish.types import Sequence as TokenSequence
@@ -71,6 +72,10 @@ class Cost(NamedTuple):
     """Without a plan, whether blocks were computed again."""
     host: int
     """Bytes of buffers on the host that activations were sent to."""
+    states_away: int
+    """Bytes of the optimizer's states on the host."""
+    embedding_away: bool
+    """Whether the embedding lies on the host."""
     graphs: bool
     """Whether CUDA graphs may have been replayed, whose memory counts as reserved alone."""
     limit: int | None
@@ -117,6 +122,8 @@ def try_out(start: Start, settings: TrainingSettings, trial: Trial, mesh: Mesh) 
         plan=decoder.plan if fused else None,
         again=decoder.checkpointing,
         host=fused.host.total if fused else 0,
+        states_away=learner.optimizer.away() if isinstance(learner.optimizer, AdamW) else 0,
+        embedding_away=decoder.model.embed_tokens.weight.device.type != decoder.device.type,
         graphs=fused is not None and fused.graphs is not None,
         limit=learner.room.limit,
     )

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from burnish.model.shelf import Plan
 
 WIDTH = 100
-WORDS = {"x": "inputs", "qkv": "q, k and v", "attention": "attention", "x_mid": "sums", "gate_up": "gate and up"}
-"""What people call the tensors of a block; `sums` are what its second half reads."""
+WORDS = {"x": "inputs", "qkv": "q/k/v", "attention": "attention", "x_mid": "MLP inputs", "gate_up": "gate/up"}
+"""What people call the tensors of a block."""
 
 
 class Row(NamedTuple):
@@ -58,7 +58,9 @@ def values(row: Row) -> dict[str, Any]:
         "classes": cost.peak.classes,
         "reserved_bytes": cost.reserved,
         "host_bytes": cost.host,
-        "plan": names | {"decoded": plan.dense_blocks} if plan else {"again": cost.again},
+        "states_on_host_bytes": cost.states_away,
+        "embedding_on_host": cost.embedding_away,
+        "plan": names | {"decoded": plan.dense_blocks, "tile": plan.tile} if plan else {"again": cost.again},
         "microbatch_limit": cost.limit,
     }
 
@@ -96,6 +98,10 @@ def _conditions(row: Row) -> str:
     assert row.cost is not None
     cost = row.cost
     parts = [_planned(cost.plan, cost.host) if cost.plan else _unplanned(cost.again)]
+    if cost.states_away:
+        parts.append(f"states on the host ({size(cost.states_away)})")
+    if cost.embedding_away:
+        parts.append("the embedding on the host")
     if cost.graphs:
         parts.append("CUDA graphs, whose memory is in what is reserved alone")
     if cost.limit is not None:
@@ -121,6 +127,8 @@ def _planned(plan: "Plan", host: int) -> str:
             parts.append(f"{words} {', '.join(listed)}")
     if plan.dense_blocks:
         parts.append(f"weights of {plan.dense_blocks} blocks decoded")
+    if plan.tile is not None:
+        parts.append(f"MLPs on {plan.tile:,} tokens at a time")
     return "; ".join(parts)
 
 

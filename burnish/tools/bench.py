@@ -245,7 +245,8 @@ def _about(config: Config, folder: Path, length: int) -> dict[str, Any]:
 
     about = read_config(folder)
     on_cuda = device_kind(config.run.device) == "cuda"
-    device = torch.cuda.get_device_name(0) if on_cuda else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    device = torch.cuda.get_device_name(0) if on_cuda else f"CPU with {threads} thread{'s' * (threads > 1)}"
     return {
         "model": config.model.shape or config.model.path,
         "random": config.model.shape is not None or config.model.init == "random",

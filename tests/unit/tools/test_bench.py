@@ -60,7 +60,7 @@ def test_a_plan_is_told_in_numbers_of_blocks(capsys: pytest.CaptureFixture[str])
     assert least["plan"]["x"] == {"kept": 2, "host": 0, "again": 0}
     assert least["classes"]["activations"] < kept["classes"]["activations"] / 2
     assert main([*TINY, "run.dtype=fp8", "run.memory=least"]) == 0
-    assert "keeps inputs; computes again q, k and v, attention, sums, gate and up" in capsys.readouterr().out
+    assert "keeps inputs; computes again q/k/v, attention, MLP inputs, gate/up" in capsys.readouterr().out
 
 
 def test_the_table_fits_a_terminal_and_names_what_it_is_of(capsys: pytest.CaptureFixture[str]) -> None:
