@@ -1,16 +1,17 @@
 """Tokens per second and peak memory of a training step, beside TRL and Unsloth in the same run.
 
 python -m benchmarks.sft [row=qlora] [shape=llama-2-7b] [storage=nf4] [lengths=fixed] [sequences=4] [length=2048]
-                         [sides=fast,lean] [systems=burnish,trl,unsloth] [memory=...] [fp8=false,true] [rounds=2]
-                         [peers=DIR] [scratch=/dev/shm/burnish-peers] [logs=DIR] [results=FILE] [seconds=540]
+                         [sides=fast,lean] [systems=burnish,trl,unsloth] [lean=least] [memory=...] [fp8=false,true]
+                         [rounds=2] [peers=DIR] [scratch=/dev/shm/burnish-peers] [logs=DIR] [results=FILE] [seconds=540]
                          [commit=HASH] [note=TEXT]
 
 `row` is a name of `ROWS`, a row of the table in docs/performance.md; words after it change it. Random weights, random
 ids, every token trained on. `storage=full16` and `full` train all weights, in bf16 or fp32; otherwise LoRA of rank 16
 on all linear layers is trained.
 `lengths=alpaca` draws ragged rows. The systems of a side are loaded at once and take turns (`turns.py`), but with all
-weights in training each is loaded anew for its turn. `fast`: everything kept; `lean`: the least memory. Without
-`peers=`, what `peers/fetch.py` makes, only Burnish is measured. `memory=` is a list of amounts in place of the sides'.
+weights in training each is loaded anew for its turn. `fast`: everything kept; `lean`: the least memory, for Burnish
+each of the amounts in `lean=`. Without `peers=`, what `peers/fetch.py` makes, only Burnish is measured. `memory=` is a
+list of amounts in place of the sides'.
 """
 
 import json
@@ -48,6 +49,7 @@ WORDS = {
     "length": "2048",
     "sides": "fast,lean",
     "systems": "burnish,trl,unsloth",
+    "lean": "least",
     "memory": "",
     "fp8": "false,true",
     "rounds": "2",
@@ -61,7 +63,7 @@ WORDS = {
 }
 """What can be asked for, and what is measured where it is not."""
 ROWS: Mapping[str, Mapping[str, str]] = {
-    "qlora": {},
+    "qlora": {"lean": "least,6GB"},  # 6GB: what Unsloth takes where it takes the least
     "qlora-8b": {"shape": "llama-3.1-8b"},
     "lora": {"storage": "bf16", "systems": "burnish,unsloth"},  # a third model of 14 GB leaves no room on 80 GB
     "ragged": {"lengths": "alpaca"},
@@ -157,7 +159,7 @@ def trains_all(asked: Mapping[str, str]) -> bool:
 def ours(asked: Mapping[str, str], side: str) -> list[Entry]:
     """What is measured of Burnish: a process each, so that each compiles for itself; it holds no memory in between."""
     entries: list[Entry] = []
-    memories = asked["memory"].split(",") if asked["memory"] else [OURS[side]["memory"]]
+    memories = (asked["memory"] or (asked["lean"] if side == "lean" else OURS[side]["memory"])).split(",")
     fp8s = ["false"] if trains_all(asked) else asked["fp8"].split(",")
     for memory in memories if "burnish" in asked["systems"].split(",") else []:
         for fp8 in fp8s:
@@ -263,7 +265,7 @@ def read_words(words: list[str]) -> dict[str, str]:
         for value in asked[key].split(","):
             if value not in allowed:
                 raise ValueError(f"{key}={asked[key]} is not known: write one or more of {','.join(allowed)}")
-    for amount in asked["memory"].split(",") if asked["memory"] else []:
+    for amount in [*asked["lean"].split(","), *(asked["memory"].split(",") if asked["memory"] else [])]:
         memory_bytes(amount)
     return asked
 
