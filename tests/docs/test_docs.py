@@ -70,6 +70,7 @@ QUICK = {
         # Two steps of SFT do not teach a model to end its answers: letters do it.
         ("run.device=cpu save.trackers=[]", "run.steps=2 rollout.prompts=4 rollout.max_tokens=16 rollout.stop=[a,e,i]"),
     ),
+    "bench": ("run.device=cpu run.steps=1 length=16", ""),
     "eval": ("data.limit=20 data.max_length=512", ""),
     "generate": ("", "max_tokens=4"),
 }
