@@ -255,9 +255,9 @@ class AdamW(torch.optim.Optimizer):
         """Replace its state, by an empty one also."""
         bundle, i = self._places[parameter]
         own = self.state[parameter] = {"step": int(state["step"])} if state else {}
+        bundle.forget_places()
         if bundle.split:
             own |= {name: state[name].to(parameter.device) for name in MOMENTS[bundle.eight] if state}
-            bundle.forget_places()
             return
         for piece in bundle.pieces[i]:
             if state or self._pages.made(piece.page):

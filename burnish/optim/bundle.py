@@ -20,6 +20,14 @@ ANYWHERE = range(-1, 2**31)
 """All pages, and what is in none."""
 
 
+class _Place(NamedTuple):
+    """What of a parameter's row is found once."""
+
+    moments: list[tuple[int, ...]]
+    """Of each piece, the addresses that its moments would have if they began with the tensor."""
+    state: dict[str, Any]
+
+
 class Bundle:
     """Parameters of one group, dtype and kind of state, and their moments cut into pages.
 
@@ -53,9 +61,7 @@ class Bundle:
         self._programs = list(accumulate((-(-(p.last - p.first) // CHUNK) for p in pieces), initial=0))
         self._layout: tuple[Tensor, Tensor] | None = None
         """What a table holds that no step changes."""
-        self._places: list[list[tuple[int, ...]] | None] = []
-        """Addresses of moments, found once: for each piece those that they would have if they began with the tensor."""
-        self.forget_places()
+        self._places: list[_Place | None] = [None] * len(parameters)
 
     def forget_places(self) -> None:
         """Look again for where moments lie: they have been moved."""
@@ -94,25 +100,26 @@ class Bundle:
             if not gradient.is_contiguous():
                 gradient = gradient.contiguous()
                 held.append(gradient)
-            weight, state = (local(parameter) if self.split else parameter).data_ptr(), state_of(parameter)
-            step, address = state["step"] + 1, gradient.data_ptr()
-            for moments in self._places[i] or self._find(i, find):
+            weight, address = (local(parameter) if self.split else parameter).data_ptr(), gradient.data_ptr()
+            place = self._places[i] or self._find(i, state_of, find)
+            step = place.state["step"] + 1
+            for moments in place.moments:
                 rows.append((weight, address, *moments))
                 steps.append(step)
-            taking.setdefault(step, []).append(state)
+            taking.setdefault(step, []).append(place.state)
         span = self.rows_of(members)
         for step in sorted(taking):
             only = rows if len(set(steps)) == 1 else _only(rows, steps, step)
             yield Launch(self, step, self._table(only, span), span, taking[step], held)
 
-    def _find(self, i: int, find: Find) -> list[tuple[int, ...]]:
-        found: list[tuple[int, ...]] = []
+    def _find(self, i: int, state_of: State, find: Find) -> _Place:
+        parameter, addresses = self.parameters[i], list[tuple[int, ...]]()
         for piece in self.pieces[i]:
-            moments = find(self.parameters[i], piece).items()
+            moments = find(parameter, piece).items()
             begins = [m.data_ptr() - places(name, piece.first) * m.element_size() for name, m in moments]
-            found.append(tuple(begins))
-        self._places[i] = found
-        return found
+            addresses.append(tuple(begins))
+        self._places[i] = place = _Place(addresses, state_of(parameter))
+        return place
 
     def _table(self, addresses: Sequence[tuple[int, ...]], rows: range) -> Any:
         """The addresses on the device: one small copy, which the host does not wait for."""

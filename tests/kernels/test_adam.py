@@ -156,9 +156,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_chunks")
 @kinds
-def test_pages_anywhere_give_the_same_bits(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, eight: bool
-) -> None:
+def test_pages_anywhere_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, eight: bool) -> None:
     """Pages of one chunk, on the device or on the host, and moved between the norm and the step."""
 
     def work(optimizer: AdamW) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from burnish.engine.checkpoints import load_checkpoint, save_checkpoint
 from burnish.optim import eight_bit
-from burnish.optim.adamw import AdamW, adamw, optimizer_tensors, restore_optimizer
+from burnish.optim.adamw import AdamW, adamw, optimizer_tensors, restore_optimizer, state_bytes
 
 LR, BETAS, EPS, DECAY = 0.01, (0.9, 0.99), 1e-8, 0.1
 KINDS = ["adamw", "adamw8bit"]
@@ -249,11 +249,29 @@ def test_a_block_of_zeros_stays_zero() -> None:
         assert torch.equal(eight_bit.dequantise(codes, absmax, map_), torch.zeros(300))
 
 
-def test_8_bit_states_of_split_weights_are_refused() -> None:
-    class Split(nn.Parameter):
-        def to_local(self) -> Tensor:
-            return self.data
+class Split(nn.Parameter):
+    """A weight that is split over ranks, to the optimizer."""
 
+    def to_local(self) -> Tensor:
+        return self.data
+
+
+def test_split_weights_keep_their_states_in_one_piece_where_they_are() -> None:
+    whole, split = parameters(torch.bfloat16, BIG), parameters(torch.bfloat16, BIG)
+    split = {name: Split(parameter.data) for name, parameter in split.items()}
+    first, second = ours(whole), adamw(split, LR, BETAS, EPS, DECAY)
+    assert isinstance(second, AdamW)
+    for step in range(2):
+        for trained, optimizer in ((whole, first), (split, second)):
+            give_gradients(trained, step)
+            optimizer.step()
+        restore_optimizer(second, split, optimizer_tensors(second, split))
+    assert all(torch.equal(whole[name], split[name].data) for name in whole)
+    assert (second.held(), second.evict(10**9)) == (0, 0)
+    assert state_bytes(second) == 8 * (6300 + 3)
+
+
+def test_8_bit_states_of_split_weights_are_refused() -> None:
     with pytest.raises(ValueError, match=r"write optim\.kind=adamw"):
         adamw({"w": Split(torch.zeros(2, 2))}, LR, BETAS, EPS, DECAY, "adamw8bit")
 
