@@ -4,6 +4,7 @@ python -m benchmarks.checkpoints SHAPE FOLDER
 
 FOLDER/ended is the model with an end token, FOLDER/endless the same weights without one, so that every answer has the
 length that is asked for; FOLDER/reward is a LoRA of that model with a scalar head. Token i is the word "wi".
+FOLDER/shape names the shape, when all is there: benchmarks with scratch=PARENT then use PARENT/model, and leave it.
 """
 
 import json
@@ -49,6 +50,7 @@ def main(shape: str, folder: Path) -> None:
     for path in (folder / "endless").glob("model*.safetensors*"):
         (folder / "ended" / path.name).symlink_to(path.resolve())
     write_words(folder / "ended", SHAPES[shape], ends=True)
+    (folder / "shape").write_text(shape)
     print(f"{shape} in {folder} after {time.perf_counter() - began:.0f} s", flush=True)
 
 

@@ -1,10 +1,12 @@
 """Entries of several systems, measured in turn: round after round, so that each is timed more than once."""
 
 import os
+import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,10 +168,24 @@ def peer_environment(peers: Path, places: Sequence[str]) -> dict[str, str]:
     return {**os.environ, **offline, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
 
 
-def make_checkpoints(shape: str, folder: Path) -> None:
-    """The folders of `checkpoints.py`, made by a process of its own. Raises Failed when they are not."""
+@contextmanager
+def model_folders(shape: str, folder: Path) -> Generator[None]:
+    """The folders of `checkpoints.py` for the `with` block: those that are there already, or made by a process.
+
+    What was made is removed after it. Raises Failed when it cannot be made.
+    """
+    named = folder / "shape"
+    if named.is_file() and named.read_text() == shape:
+        yield
+        return
     command = [sys.executable, "-m", "benchmarks.checkpoints", shape, str(folder)]
-    done = subprocess.run(command, env=_our_environment(), cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Failed(f"no model could be written to {folder}: {done.stderr.strip().splitlines()[-1:]}")
-    print(done.stdout.strip(), flush=True)
+    try:
+        done = subprocess.run(
+            command, env=_our_environment(), cwd=REPOSITORY, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise Failed(f"no model could be written to {folder}: {done.stderr.strip().splitlines()[-1:]}")
+        print(done.stdout.strip(), flush=True)
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

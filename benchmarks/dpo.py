@@ -1,7 +1,7 @@
 """Pairs per second and peak memory of a DPO step with QLoRA, beside TRL and Unsloth in the same run.
 
 python -m benchmarks.dpo [shape=llama-2-7b] [storage=nf4] [pairs=2] [prompt=512] [answer=512] [rounds=2]
-                         [peers=DIR] [scratch=/dev/shm/burnish-peers] [logs=DIR] [results=FILE] [seconds=540]
+                         [systems=trl,unsloth] [peers=DIR] [scratch=/dev/shm/burnish-peers] [logs=DIR] [results=FILE] [seconds=540]
                          [commit=HASH] [note=TEXT]
 
 Random weights, random ids, fixed lengths, LoRA of rank 16 on all linear layers; every answer token is scored. All
@@ -12,15 +12,15 @@ measured. The reference is the model without its adapter, in every step, or its 
 """
 
 import random
-import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.contest import Entry, contest, make_checkpoints, open_ours, open_peer, peers_missing, row_of
+from benchmarks.contest import Entry, contest, model_folders, open_ours, open_peer, peers_missing, row_of
 from benchmarks.meter import Meter, device_name, here
 from benchmarks.models import RANK, open_random
 from benchmarks.rows import current_commit, read_words, write_row
@@ -44,6 +44,7 @@ WORDS = {
     "prompt": "512",
     "answer": "512",
     "rounds": "2",
+    "systems": "trl,unsloth",
     "peers": "",
     "scratch": "/dev/shm/burnish-peers",
     "logs": "",
@@ -81,14 +82,6 @@ def main(asked: Mapping[str, str]) -> None:
     clock = Clock(float(asked["seconds"]))
     scratch, logs = Path(asked["scratch"]), Path(asked["logs"] or asked["scratch"])
     entries, peers = ours(asked), Path(asked["peers"])
-    if reason := peers_missing(asked["peers"]):
-        print(f"TRL and Unsloth are left out: {reason}", flush=True)
-    else:
-        try:
-            make_checkpoints(asked["shape"], scratch / "model")
-            entries += theirs(asked)
-        except Failed as error:
-            print(f"TRL and Unsloth are left out: {error}", flush=True)
 
     def open_worker(name: str) -> Worker:
         log = logs / f"dpo-{name}.log"
@@ -98,10 +91,16 @@ def main(asked: Mapping[str, str]) -> None:
         words = peer_words(asked, setting, scratch / "model" / "ended")
         return open_peer(["benchmarks.peers.dpo", *words], peers, ["site"], log, scratch / name)
 
-    try:
+    with ExitStack() as stack:
+        if reason := peers_missing(asked["peers"]):
+            print(f"TRL and Unsloth are left out: {reason}", flush=True)
+        else:
+            try:
+                stack.enter_context(model_folders(asked["shape"], scratch / "model"))
+                entries += theirs(asked)
+            except Failed as error:
+                print(f"TRL and Unsloth are left out: {error}", flush=True)
         contest(entries, open_worker, int(asked["rounds"]), clock, together=True)
-    finally:
-        shutil.rmtree(scratch / "model", ignore_errors=True)
     device = here()
     about = {"commit": asked["commit"] or current_commit(), "device": device_name(device), "torch": torch.__version__}
     pairs = int(asked["pairs"])
@@ -129,6 +128,8 @@ def theirs(asked: Mapping[str, str]) -> list[Entry]:
     entries: list[Entry] = []
     for number, setting in enumerate(PEERS):
         system = str(setting["system"])
+        if system not in asked["systems"].split(","):
+            continue
         told = {key: value for key, value in setting.items() if key != "system"}
         columns = _columns(asked, system, told)
         entries.append(Entry(f"{system}, {_words(told)}", f"{system}-{number}", setting, columns))

@@ -15,7 +15,6 @@ what is timed is an update from its prompts to its optimizer step, after one of 
 import itertools
 import json
 import random
-import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contest import Entry, contest, make_checkpoints, open_ours, open_peer, peers_missing, row_of
+from benchmarks.contest import Entry, contest, model_folders, open_ours, open_peer, peers_missing, row_of
 from benchmarks.meter import device_name, here
 from benchmarks.models import ALPHA, RANK
 from benchmarks.rows import current_commit, read_words, write_row
@@ -80,13 +79,11 @@ def main(asked: Mapping[str, str]) -> None:
         return open_peer(["benchmarks.peers.ppo", *words], peers, ["trl112", "site"], log, scratch / name)
 
     try:
-        make_checkpoints(asked["shape"], scratch / "model")
-        write_prompts(scratch / "model" / "prompts.jsonl", asked)
-        contest(entries, open_worker, int(asked["rounds"]), clock, together=False)
+        with model_folders(asked["shape"], scratch / "model"):
+            write_prompts(scratch / "model" / "prompts.jsonl", asked)
+            contest(entries, open_worker, int(asked["rounds"]), clock, together=False)
     except Failed as error:
         sys.exit(f"benchmarks/ppo.py: {error}")
-    finally:
-        shutil.rmtree(scratch / "model", ignore_errors=True)
     about = {"commit": asked["commit"] or current_commit(), "device": device_name(here()), "torch": torch.__version__}
     answers = int(asked["prompts"])
     tokens = answers * (int(asked["prompt"]) + int(asked["answer"]))

@@ -16,15 +16,15 @@ list of amounts in place of the sides'.
 
 import json
 import random
-import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.contest import Entry, contest, make_checkpoints, open_ours, open_peer, peers_missing, row_of
+from benchmarks.contest import Entry, contest, model_folders, open_ours, open_peer, peers_missing, row_of
 from benchmarks.meter import Meter, device_gib, device_name, give_back, here
 from benchmarks.models import ALPHA, RANK, open_random
 from benchmarks.rows import current_commit, write_row
@@ -103,24 +103,22 @@ def main(asked: Mapping[str, str]) -> None:
         sys.exit("benchmarks/sft.py: it measures on a CUDA device, and there is none; shape=tiny tries it out on a CPU")
     clock = Clock(float(asked["seconds"]))
     model = Path(asked["scratch"]) / "model"
-    with_peers = False
-    if reason := peers_missing(asked["peers"]):
-        print(f"TRL and Unsloth are left out: {reason}", flush=True)
-    elif asked["systems"] != "burnish":
-        try:
-            make_checkpoints(asked["shape"], model)
-            with_peers = True
-        except Failed as error:
-            print(f"TRL and Unsloth are left out: {error}", flush=True)
-    try:
+    with ExitStack() as stack:
+        with_peers = False
+        if reason := peers_missing(asked["peers"]):
+            print(f"TRL and Unsloth are left out: {reason}", flush=True)
+        elif asked["systems"] != "burnish":
+            try:
+                stack.enter_context(model_folders(asked["shape"], model))
+                with_peers = True
+            except Failed as error:
+                print(f"TRL and Unsloth are left out: {error}", flush=True)
         sides = sides_of(asked)
         num_peers = sum(len(theirs(asked, side)) for side in sides) if with_peers else 0
         for chosen in sides_at_once(asked, sides, num_peers, device_gib()):
             entries = [entry for side in chosen for entry in ours(asked, side)]
             entries += [entry for side in chosen if with_peers for entry in theirs(asked, side)]
             measure(asked, entries, clock, together=not trains_all(asked))
-    finally:
-        shutil.rmtree(model, ignore_errors=True)
 
 
 def measure(asked: Mapping[str, str], entries: list[Entry], clock: Clock, together: bool) -> None:
