@@ -30,11 +30,11 @@ LINK_RATE = 50e9
 """Bytes a second between pinned host memory and the device."""
 BANDWIDTH = 3e12
 """Bytes a second of device memory."""
-SMALLEST_TILE = 1024
+SMALLEST_TILE = 2048
 """Tokens of an MLP's tile: fewer leave multiprocessors without work."""
 NEARLY = 1.15
 """So much more than the least may be taken for speed where the least is asked for: a copy beside the computation."""
-TILED = 0.05
+TILED = 0.1
 """What tiles cost of the seconds of the MLP's matmuls."""
 TINY = 1e-3
 """What a copy that hides costs of its seconds: enough to prefer none."""

@@ -70,14 +70,15 @@ class Learner:
         unseen = self._unseen()
         if unseen is not None:  # the device goes on with the update while the host still waits for what led to it
             unseen.step(healthy=(results[0] + results[-1]).isfinite())  # loss and norm
+            unseen.zero_grad()
             self._tell()
         *values, norm = results.tolist()  # the step's one wait for the device
         metrics_out = dict(zip(sums, values, strict=True)) | {"grad_norm": norm}
         self._refuse_non_finite(metrics_out, microbatches)
         if unseen is None:
             self.optimizer.step()
+            self.optimizer.zero_grad()
             self._tell()
-        self.optimizer.zero_grad(set_to_none=True)
         self.steps_taken += 1
         return metrics_out | {"learning_rate": rate, "tokens": tokens}
 
