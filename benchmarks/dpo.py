@@ -1,8 +1,8 @@
 """Pairs per second and peak memory of a DPO step with QLoRA, beside TRL and Unsloth in the same run.
 
 python -m benchmarks.dpo [shape=llama-2-7b] [storage=nf4] [pairs=2] [prompt=512] [answer=512] [rounds=2]
-                         [systems=trl,unsloth] [peers=DIR] [scratch=/dev/shm/burnish-peers] [logs=DIR] [results=FILE] [seconds=540]
-                         [commit=HASH] [note=TEXT]
+                         [systems=trl,unsloth] [peers=DIR] [scratch=/dev/shm/burnish-peers] [logs=DIR]
+                         [results=FILE] [seconds=540] [commit=HASH] [note=TEXT]
 
 Random weights, random ids, fixed lengths, LoRA of rank 16 on all linear layers; every answer token is scored. All
 systems are loaded at once and take turns (`turns.py`): a turn is 3 steps of warm-up and 5 timed ones, the device
@@ -209,7 +209,8 @@ def steps(learner: Learner, policy: Role, batches: list[PreferenceBatch], cached
         batch = before[place] if cached else refer(batches[place])
         metrics = learner.step([batch], objective, lambda batch: batch.num_pairs)
         full = meter.end()
-    print(f"step {learner.steps_taken}: loss {metrics['loss']:.4f}", flush=True)
+    graphs = policy.model.fused and policy.model.fused.graphs
+    print(f"step {learner.steps_taken}: loss {metrics['loss']:.4f}, recordings {graphs and graphs.count}", flush=True)
 
 
 def random_comparisons(pairs: int, prompt: int, answer: int, vocab_size: int, seed: int) -> list[Comparison]:

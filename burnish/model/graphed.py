@@ -102,6 +102,11 @@ class Graphs:
         self._full = False
         """Whether memory did not suffice for a recording."""
 
+    @property
+    def count(self) -> int:
+        """Passes that are recorded by now."""
+        return len(self._recordings)
+
     def __call__(
         self,
         x_TD: Float[Tensor, "T D"],
