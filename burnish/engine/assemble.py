@@ -9,28 +9,24 @@ from torch import nn
 
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
-from burnish.engine.budget import Held, Work, plan_for, sizes_of
 from burnish.engine.learner import Learner
-from burnish.engine.memory import in_use
 from burnish.engine.mesh import Mesh, shard
+from burnish.engine.planner import Planner
+from burnish.engine.relief import Relief
 from burnish.engine.roles import Role
 from burnish.engine.start import Start
 from burnish.engine.trained import check_base
 from burnish.model.adapter_files import load_adapter, save_adapter
 from burnish.model.adapters import (
     AdapterSpec,
-    LoRA,
     adapter_names,
     adapter_parameters,
     add_adapter,
     copy_adapter,
-    linear_layers,
     set_dropout,
 )
 from burnish.model.checkpoint import base_fingerprint, init_model, load_model, save_model
 from burnish.model.decoder import Decoder
-from burnish.model.shelf import Plan
-from burnish.model.storage import Dense
 from burnish.ops import runs_kernels
 from burnish.optim.adamw import adamw, state_bytes
 from burnish.optim.schedule import multiplier
@@ -99,7 +95,7 @@ def lay_out(decoder: Decoder, run: RunSettings, mesh: Mesh, states: float = 8.0)
     half = decoder.dtype in (torch.bfloat16, torch.float16)
     by_hand = mesh.world == 1 and ((half and runs_kernels(mesh.device)) or run.fp8)
     if by_hand and decoder.fuse_blocks(run.fp8):
-        decoder.planner = lambda: plan_of(decoder, run, states, mesh.device)
+        decoder.planner = Planner(decoder, run, states, mesh.device)
         # Their memory is not in the plan: where an amount was asked for, it must be kept to.
         if decoder.fused is not None and run.compile != "off" and run.memory == "auto" and mesh.device.type == "cuda":
             decoder.fused.use_graphs()
@@ -113,45 +109,6 @@ def lay_out(decoder: Decoder, run: RunSettings, mesh: Mesh, states: float = 8.0)
         raise ValueError(f"run.dtype=fp8: 8-bit matmuls are not there for {reason}: leave it out")
     shard(decoder, decoder.model.layers, mesh)
     torch.manual_seed(run.seed + mesh.rank)  # what is drawn from here on, dropout, differs from rank to rank
-
-
-def plan_of(decoder: Decoder, run: RunSettings, states: float, device: torch.device) -> Plan:
-    """What of each block waits for the backward pass, by run.memory and what is on the device by now."""
-    ranks = [part.rank for part in decoder.modules() if isinstance(part, LoRA)]
-    work = Work(
-        tokens=run.microbatch_tokens,
-        longest=run.microbatch_tokens,
-        rank=-(-max(ranks, default=0) // 16) * 16,
-        itemsize=decoder.dtype.itemsize,
-        storage=_storage(decoder),
-        fp8=run.fp8,
-        device=device.type,
-        embedding=_movable(decoder),
-    )
-    trained = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
-    gradients = sum(parameter.nbytes for parameter in trained if parameter.grad is None)
-    to_come = gradients + sum(parameter.numel() for parameter in trained) * states - decoder.states_held()
-    here = sum(parameter.nbytes for parameter in decoder.parameters())
-    held = Held(in_use(device) if device.type == "cuda" else here, max(0, round(to_come)))
-    sizes = sizes_of(decoder.config, work)
-    return plan_for(sizes, len(decoder.config.layers), run.memory, held, device)
-
-
-def _movable(decoder: Decoder) -> int:
-    """Bytes of the embedding, where it may lie on the host."""
-    table = decoder.model.embed_tokens.weight
-    return table.nbytes if table.is_cuda and not table.requires_grad and not decoder.config.tied else 0
-
-
-def _storage(decoder: Decoder) -> str:
-    """How the weights of the blocks are kept."""
-    stored = next(layer.stored for path, layer in linear_layers(decoder).items() if path != "lm_head")
-    if not isinstance(stored, Dense):
-        return "nf4"
-    half = stored.weight.dtype != torch.float32
-    if stored.weight.requires_grad:
-        return "full16" if half else "full"
-    return "bf16" if half else "fp32"
 
 
 def reference_role(decoder: Decoder) -> Role:
@@ -212,6 +169,12 @@ def open_learner(decoder: Decoder, adapter: str | None, optim: OptimSettings, st
     learner = learner_of(trained_parameters(decoder, adapter), optim, steps, mesh)
     learner.updated = partial(decoder.prepare, adapter)
     decoder.states_held = partial(state_bytes, learner.optimizer)
+    planner = decoder.planner if isinstance(decoder.planner, Planner) else None
+    if planner is not None:
+        planner.optimizer = learner.optimizer
+    if mesh.world == 1:
+        relief = Relief(decoder, learner.optimizer, planner if decoder.takes(adapter) else None, mesh.device)
+        learner.room.relieve, learner.room.recover = relief, relief.recover
     return learner
 
 

@@ -13,14 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import psutil
-import torch
-
 from burnish.engine.moments import Widths, backward_peak, forward_peak
 from burnish.model.families import DecoderConfig
-from burnish.model.shelf import NAMES, Plan, buffer_bytes, keep_everything, keep_inputs
+from burnish.model.shelf import NAMES, Plan, buffer_bytes
 from burnish.ops.log_probs import CHUNK_LOGITS
-from burnish.settings import memory_bytes
 
 MATMUL_RATE = {2: 600e12, 4: 50e12, 8: 30e12}
 """Operations a second on Hopper, by the bytes of a number. Only how the rates compare with each other matters."""
@@ -61,6 +57,8 @@ class Work(NamedTuple):
     """Forward passes that wait at the same time for their backward passes."""
     embedding: int = 0
     """Bytes of the embedding, where it may lie on the host."""
+    a_step: int = 1
+    """Micro-batches of an optimizer step."""
 
 
 class Sizes(NamedTuple):
@@ -82,20 +80,13 @@ class Sizes(NamedTuple):
     tokens: int = 0
     embedding: int = 0
     """Of the embedding, where it may lie on the host: frozen, and not the head as well."""
+    a_step: int = 1
+    """Passes of an optimizer step."""
 
     @property
     def saved(self) -> Mapping[str, int]:
         """Bytes of the tensors that a plan decides over."""
         return self.widths.saved
-
-
-class Held(NamedTuple):
-    """Bytes on the device that are not activations."""
-
-    now: int
-    """Weights, adapters and whatever else is there already."""
-    to_come: int
-    """Gradients and states of the optimizer that are not there yet."""
 
 
 def sizes_of(config: DecoderConfig, work: Work) -> Sizes:
@@ -143,34 +134,8 @@ def sizes_of(config: DecoderConfig, work: Work) -> Sizes:
         passes=work.passes,
         tokens=tokens,
         embedding=work.embedding,
+        a_step=work.a_step,
     )
-
-
-def plan_for(sizes: Sizes, num_blocks: int, memory: str, held: Held, device: torch.device) -> Plan:
-    """The plan that `run.memory` asks for on this device, for the largest micro-batch; smaller ones use the same.
-
-    An amount counts tensors, not what the CUDA driver itself takes, about half a GiB. Raises ValueError where not even
-    the least fits. On a CPU, where no copy gains anything and the closed forms are rough, amounts are refused only if
-    they do not hold the weights and what belongs to them.
-    """
-    cuda = device.type == "cuda"
-    if memory == "auto" and not cuda:
-        return keep_everything(num_blocks)
-    amount = memory_bytes(memory)
-    free = free_bytes(device) if cuda else psutil.virtual_memory().available
-    host_room = psutil.virtual_memory().available // 2 if cuda else 0
-    room = (free if amount is None else min(free, amount - held.now)) - held.to_come
-    plan = make_plan(sizes, num_blocks, room, host_room, fill=memory != "least")
-    if plan is None and (cuda or room <= 0):
-        raise ValueError(_too_little(sizes, num_blocks, memory, held, free, host_room))
-    return plan or keep_inputs(num_blocks)
-
-
-def free_bytes(device: torch.device) -> int:
-    """What can still be allocated on a CUDA device, less a margin: 3 % of its memory, at least 1 GiB."""
-    free, total = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + unused - max(2**30, total * 3 // 100)
 
 
 def make_plan(sizes: Sizes, num_blocks: int, room: int, host_room: int, fill: bool = True) -> Plan | None:
@@ -188,7 +153,12 @@ def make_plan(sizes: Sizes, num_blocks: int, room: int, host_room: int, fill: bo
     elif plans:
         least = min(peak_bytes(plan, sizes) for plan in plans)
         plans = [plan for plan in plans if peak_bytes(plan, sizes) <= least * NEARLY]
-    return min(plans, key=lambda plan: _seconds(plan, sizes), default=None)
+    return min(plans, key=lambda plan: seconds_of(plan, sizes), default=None)
+
+
+def leanest(sizes: Sizes, num_blocks: int, host_room: int) -> Plan:
+    """The plan that takes the least."""
+    return min(_beginnings(sizes, num_blocks, host_room), key=lambda plan: peak_bytes(plan, sizes))
 
 
 def _beginnings(sizes: Sizes, num_blocks: int, host_room: int) -> list[Plan]:
@@ -218,7 +188,7 @@ def peak_bytes(plan: Plan, sizes: Sizes) -> int:
     kept = [sum(sizes.saved[name] for name in names) for names in plan.kept]
     total, before = sum(kept), 0
     peak = total + _away(plan, sizes)[-1] + sizes.head
-    for own, at_work in zip(kept, _block_peaks(plan, sizes), strict=True):
+    for own, at_work in zip(kept, block_peaks(plan, sizes), strict=True):
         peak = max(peak, before + at_work)
         before += own
     waiting = sizes.passes * len(kept) * sizes.small + (sizes.passes - 1) * total
@@ -226,7 +196,7 @@ def peak_bytes(plan: Plan, sizes: Sizes) -> int:
     return peak + waiting + plan.dense_blocks * sizes.decoded - aside
 
 
-def _block_peaks(plan: Plan, sizes: Sizes) -> list[int]:
+def block_peaks(plan: Plan, sizes: Sizes) -> list[int]:
     """The most that each block holds at work, forward or backward."""
     share, away = _share(plan, sizes), _away(plan, sizes)
     seen: dict[tuple[frozenset[str], frozenset[str], int, bool], int] = {}  # most blocks are alike
@@ -250,7 +220,7 @@ def _share(plan: Plan, sizes: Sizes) -> float:
     return 1.0 if plan.tile is None else min(1.0, plan.tile / sizes.tokens)
 
 
-def _seconds(plan: Plan, sizes: Sizes) -> float:
+def seconds_of(plan: Plan, sizes: Sizes) -> float:
     """What the plan costs: what is computed again, tiles that fill the device less well, rows over the bus."""
     again = 0.0
     for kept, host in zip(plan.kept, plan.host, strict=True):
@@ -332,26 +302,3 @@ def _mean_keys(config: DecoderConfig, longest: int) -> float:
     """How many keys a query of the longest sequence sees, on average over positions and layers."""
     windows = [longest if layer.window is None else min(layer.window, longest) for layer in config.layers]
     return sum(window - window**2 / (2 * longest) for window in windows) / len(windows)
-
-
-def _too_little(sizes: Sizes, num_blocks: int, memory: str, held: Held, free: int, host_room: int) -> str:
-    """One line: what takes how much, and what to write instead."""
-    plan = min(_beginnings(sizes, num_blocks, host_room), key=lambda plan: peak_bytes(plan, sizes))
-    least, block = peak_bytes(plan, sizes), max(_block_peaks(plan, sizes))
-    needed = held.now + held.to_come + least
-    table = (
-        f"weights and adapters {_gb(held.now)}, gradients and optimizer {_gb(held.to_come)}, activations at least "
-        f"{_gb(least - max(block, sizes.head))}, workspace {_gb(block)} in a block or {_gb(sizes.head)} in the head: "
-        f"{_gb(needed)} in all"
-    )
-    if held.to_come + least <= free:
-        return f"run.memory={memory} is too little: {table}; write run.memory={_gb(needed)} or {_LESS}"
-    return f"run.memory={memory}: {_gb(held.now + free)} of this device can be used, too little: {table}; write {_LESS}"
-
-
-def _gb(size: int) -> str:
-    """Bytes as `run.memory` writes them, rounded up."""
-    return f"{math.ceil(size / 1e8) / 10:.1f}GB"
-
-
-_LESS = "a smaller run.microbatch_tokens"

@@ -80,18 +80,20 @@ class Learner:
             self.optimizer.zero_grad()
             self._tell()
         self.steps_taken += 1
+        if self.room.recover is not None:
+            self.room.recover()
         return metrics_out | {"learning_rate": rate, "tokens": tokens}
 
     def _sums(self, microbatches: Sequence[B], objective: Objective[B], share: float) -> dict[str, Tensor]:
         """Gradients, times `share`, and every sum of the objective; in the end of one attempt alone, with its draws."""
-        random, parts, relieved = random_state(self.mesh.device), self.room.parts(microbatches), False
+        random, parts = random_state(self.mesh.device), self.room.parts(microbatches)
         while True:
             sums: dict[str, Tensor] = {}
             failed = self._accumulate(parts, objective, share, sums)
             if failed is None:
                 return sums
             self.optimizer.zero_grad(set_to_none=True)
-            parts, relieved = self.room.again(parts, failed, relieved)
+            parts = self.room.again(parts, failed)
             restore_random_state(random, self.mesh.device)
 
     def _accumulate(

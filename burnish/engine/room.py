@@ -28,6 +28,8 @@ class Shortage(NamedTuple):
     """Of the largest batch at that time."""
     limit: int | None
     """How many tokens a batch has from now on at most; None: room was made, and the batches are what they were."""
+    made: str = ""
+    """How room was made, in words."""
 
 
 class NoRoom(MemoryError):
@@ -50,9 +52,11 @@ class Room:
 
     limit: int | None = None
     """The most tokens of a batch that can be divided; None: whatever is asked."""
-    relieve: Callable[[], bool] | None = None
-    """Called first when memory runs out, once for each step: gives back what is only held to save time. Whether there
-    was anything to give back: then the same batches are tried once more."""
+    relieve: Callable[[], str | None] | None = None
+    """Called first when memory runs out, and again when it still does: gives back what is only held to save time.
+    What that was, in words: then the same batches are tried once more. None: nothing is left to give."""
+    recover: Callable[[], None] | None = None
+    """Called after each optimizer step that memory sufficed for."""
     told: Callable[[Shortage], None] | None = None
     """Called before another attempt."""
 
@@ -60,32 +64,32 @@ class Room:
         """The batches in parts within the limit, in order."""
         return [part for batch in batches for part in within(batch, self.limit)]
 
-    def again(self, parts: Sequence[B], failed: int, relieved: bool) -> tuple[list[B], bool]:
-        """What to try in place of these parts, the one numbered `failed` having been too much; whether room was made.
+    def again(self, parts: Sequence[B], failed: int) -> list[B]:
+        """What to try in place of these parts, the one numbered `failed` having been too much.
 
-        `relieved`: it has been made before. Raises NoRoom when the part cannot be divided.
+        Raises NoRoom when there is no room to make and the part cannot be divided.
         """
         gc.collect()  # cycles may hold tensors of the attempt that failed
-        freed = not relieved and self.relieve is not None and self.relieve()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        _empty_cache()  # so that what is free is known
+        made = None if self.relieve is None else self.relieve()
+        _empty_cache()
         tokens = max(len(part.tokens) for part in parts)
-        if not freed:
+        if made is None:
             if in_two(parts[failed]) is None:
                 raise NoRoom(parts[failed])
             self.limit = min(tokens, self.limit or tokens) // 2
         if self.told is not None:
-            self.told(Shortage(tokens, None if freed else self.limit))
-        return self.parts(parts), relieved or freed
+            self.told(Shortage(tokens, self.limit) if made is None else Shortage(tokens, None, made))
+        return self.parts(parts)
 
     def each(self, batches: Iterable[B], work: Callable[[B], R]) -> Iterator[tuple[B, R]]:
         """Each batch, or each of its parts, with what `work` makes of it. For work whose results need no adding up."""
         for batch in batches:
-            waiting, relieved = self.parts([batch]), False
+            waiting = self.parts([batch])
             while waiting:
                 done = attempt(work, waiting[0])
                 if done is None:
-                    waiting, relieved = self.again(waiting, 0, relieved)
+                    waiting = self.again(waiting, 0)
                 else:
                     yield waiting.pop(0), done[0]
 
@@ -104,3 +108,8 @@ def attempt(work: Callable[[B], R], batch: B) -> tuple[R] | None:
 def ran_out(error: BaseException) -> bool:
     """Whether this says that there is no memory: of a device, or of the host from PyTorch's allocator."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _empty_cache() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -15,7 +15,7 @@ from burnish.settings import TrainingSettings
 def told(step: int, shortage: Shortage) -> str:
     """A line about a step, counted from 1, that is taken again."""
     if shortage.limit is None:
-        return f"step {step} ran out of memory: what was only held to save time is given up, and it is taken again"
+        return f"step {step} ran out of memory: {shortage.made}, and it is taken again"
     return (
         f"step {step} ran out of memory with {shortage.tokens:,} tokens in a micro-batch: it is taken again, and from "
         f"now on one holds at most {shortage.limit:,}; run.microbatch_tokens={shortage.limit} begins so"

@@ -158,6 +158,14 @@ class Decoder(nn.Module):
             self.fused = FusedBlocks(blocks, self.model.norm, self.config, fp8)
         return self.fused is not None
 
+    def follow(self, plan: Plan) -> None:
+        """Let blocks that are run by hand go by this plan from now on; an embedding on the host stays there."""
+        assert self.fused is not None
+        self.plan = plan
+        self.fused.hold_decoded(plan.dense_blocks)
+        if plan.embedding_on_host:
+            self.model.embed_tokens.to_host()
+
     def takes(self, adapter: str | None) -> bool:
         """Whether the blocks run by hand with this adapter, in training too."""
         return self.fused is not None and self.fused.takes(adapter, training=True)
@@ -171,10 +179,8 @@ class Decoder(nn.Module):
         hidden_TD = self.model.embed_tokens(tokens_T, self.dtype)
         if self.fused is not None and given.cache is None and self.fused.takes(adapter, self.training):
             if self.planner is not None and torch.is_grad_enabled():
-                self.plan, self.planner = self.planner(), None
-                self.fused.hold_decoded(self.plan.dense_blocks)
-                if self.plan.embedding_on_host:
-                    self.model.embed_tokens.to_host()
+                plan, self.planner = self.planner(), None
+                self.follow(plan)
             return self.fused(hidden_TD, given, adapter, self.plan)
         for layer in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():

@@ -150,6 +150,14 @@ class AdamW(torch.optim.Optimizer):
         """Bytes of pages that are on the host."""
         return self._pages.away()
 
+    def to_come(self) -> int:
+        """Bytes that pages will take on the device besides those that they hold: the first step makes them."""
+        return self._pages.to_come()
+
+    def movable(self) -> int:
+        """Bytes of pages on the device, there or to come, that could as well be on the host."""
+        return self._pages.movable()
+
     def evict(self, size: int) -> int:
         """Move pages to the host until so many bytes of the device are free; returns how many that are.
 

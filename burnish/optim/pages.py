@@ -129,6 +129,14 @@ class Pages:
         """Bytes of pages on the host."""
         return sum(page.nbytes for page in self._away.values())
 
+    def to_come(self) -> int:
+        """Bytes that they will take on the device besides: those of pages that have no memory yet."""
+        return max(0, self._taken(self.resident) - self.held())
+
+    def movable(self) -> int:
+        """Bytes that they take on the device, or will take there, and need not."""
+        return self._taken(self.resident) - min(map(self._taken, range(self.resident + 1)))
+
     def evict(self, size: int) -> int:
         """Move pages to the host until so many bytes of the device are free; returns how many that are.
 

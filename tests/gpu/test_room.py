@@ -31,18 +31,28 @@ LIMIT = 128 * 256
 class Trial:
     """A learner of its own, what its step gave, and the most memory that the allocator held in it."""
 
-    def __init__(self, folder: Path, batch: Batch, limit: int | None = None, cap: int = 0) -> None:
-        tree = {"model": {"storage": "bf16"}, "run": {"compile": "off"}}
+    def __init__(
+        self, folder: Path, batch: Batch, limit: int | None = None, cap: int = 0, relieved: bool = False
+    ) -> None:
+        """`cap` is a limit in bytes for a second step, the plan having been made in a first one without it."""
+        tokens = len(batch.tokens)
+        tree = {
+            "model": {"storage": "bf16"},
+            "run": {"compile": "off", "microbatch_tokens": tokens, "step_tokens": tokens},
+        }
         settings, mesh = build(TrainingSettings, tree), Mesh(torch.device("cuda", 0))
         model, adapter = open_model(Start(folder), settings.model, settings.adapter, settings.run, mesh)
         self.learner: Learner = open_learner(model, adapter, settings.optim, 6, mesh)
         self.told: list[Shortage] = []
         self.learner.room.limit, self.learner.room.told = limit, self.told.append
+        if not relieved:
+            self.learner.room.relieve = None
 
         def objective(part: Batch) -> Any:
             scores = model.score(part, adapter)
             return cross_entropy(scores.log_probs, part.weights, scores.correct)
 
+        self.learner.step([batch], objective, lambda part: part.total_weight)
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -69,6 +79,21 @@ def test_a_step_under_a_cap_is_taken_in_halves(tmp_path):
     assert trial.metrics["mean_token_accuracy"] == metrics["mean_token_accuracy"]
     assert trial.metrics["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=1e-3)  # attention adds up in any order
     assert trial.left <= left + 2**20
+
+
+def test_a_plan_that_takes_too_much_is_made_smaller_first(tmp_path):
+    """What fits is found before the batch is divided, and the result is that of the whole batch."""
+    folder, batch = tiny_folder(tmp_path, **SHAPE), tiny_batch(LENGTHS).to("cuda")
+    Trial(folder, batch)
+    whole = Trial(folder, batch)
+    reserved, metrics = whole.reserved, whole.metrics
+    del whole
+    trial = Trial(folder, batch, cap=int(0.8 * reserved), relieved=True)
+    assert trial.told
+    assert all(shortage.limit is None and "of each block" in shortage.made for shortage in trial.told)
+    assert trial.reserved <= 0.8 * reserved
+    assert trial.metrics["loss"] == metrics["loss"]
+    assert trial.metrics["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=1e-3)
 
 
 def test_one_sequence_that_is_too_much_ends_the_step(tmp_path):

@@ -1,7 +1,6 @@
 """Which activations a run keeps: closed forms against published sums, plans against what every plan must be."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 
 import pytest
@@ -9,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from burnish.engine import budget
-from burnish.engine.budget import Held, Sizes, Work, make_plan, peak_bytes, plan_for, sizes_of
+from burnish.engine.budget import LINK_RATE, Sizes, Work, make_plan, peak_bytes, sizes_of
 from burnish.engine.moments import Widths
 from burnish.model.families import DecoderConfig, LayerConfig, parse_config
 from burnish.model.shelf import NAMES, Plan, buffer_bytes, keep_everything, keep_inputs
@@ -280,7 +278,7 @@ def some_sizes(draw: st.DrawFn) -> tuple[Sizes, int]:
     saved = {name: draw(num) for name in NAMES}
     saved["x_mid"] = saved["x"]
     seconds = {name: draw(num) / 1000 for name in NAMES[1:]}
-    forward = draw(st.integers(0, 4000)) / budget.LINK_RATE
+    forward = draw(st.integers(0, 4000)) / LINK_RATE
     weights = {name: draw(num) for name in ("qkv", "o", "gate_up", "down")}
     widths = Widths(saved, draw(num), weights)
     head = draw(st.integers(0, 5000))
@@ -349,66 +347,6 @@ def test_two_passes_that_wait_at_once_take_twice_the_activations() -> None:
     one, two = (sizes_of(LLAMA_7B, work(passes=passes)) for passes in (1, 2))
     more = peak_bytes(keep_everything(32), two) - peak_bytes(keep_everything(32), one)
     assert more == 32 * (sum(one.saved.values()) + one.small)
-
-
-def plan_on_gpu(monkeypatch: pytest.MonkeyPatch, memory: str, free: int, held: Held, **changes: object) -> Plan:
-    monkeypatch.setattr(budget, "free_bytes", lambda device: free)
-    return plan_for(sizes_of(LLAMA_7B, work(**changes)), 32, memory, held, CUDA)
-
-
-def test_auto_takes_what_is_free_and_an_amount_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = Held(now=4 * GB, to_come=GB // 2)
-    sizes = sizes_of(LLAMA_7B, work())
-    auto = plan_on_gpu(monkeypatch, "auto", 74 * GB, held)
-    assert auto.kept == keep_everything(32).kept
-    assert auto.dense_blocks == 32
-    some = plan_on_gpu(monkeypatch, "24GB", 74 * GB, held)
-    assert not recomputed(some, 32)  # what has no room goes to the host, and hides there
-    assert any(some.host)
-    some = plan_on_gpu(monkeypatch, "16GB", 74 * GB, held)
-    assert 11 * GB < peak_bytes(some, sizes) <= 16 * GB - held.now - held.to_come
-    assert recomputed(some, 32)
-    assert plan_on_gpu(monkeypatch, "70GB", 12 * GB, held) == plan_on_gpu(monkeypatch, "16GB", 74 * GB, held)
-    least = plan_on_gpu(monkeypatch, "least", 74 * GB, held)
-    assert sum(map(len, least.kept)) == 1
-
-
-def test_too_little_says_what_takes_how_much_and_what_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = Held(now=4 * GB, to_come=GB // 2)
-    with pytest.raises(ValueError, match=r"run\.memory=5GB is too little") as error:
-        plan_on_gpu(monkeypatch, "5GB", 74 * GB, held)
-    text = str(error.value)
-    assert "\n" not in text
-    assert "weights and adapters 4.0GB, gradients and optimizer 0.5GB" in text
-    found = re.search(r"write run\.memory=(\S+) or a smaller run\.microbatch_tokens$", text)
-    assert found is not None
-    amount = float(found[1].removesuffix("GB"))
-    plan_on_gpu(monkeypatch, found[1], 74 * GB, held)  # what it says to write works, and little less does not
-    with pytest.raises(ValueError, match="too little"):
-        plan_on_gpu(monkeypatch, f"{amount - 0.15:.2f}GB", 74 * GB, held)
-
-
-@pytest.mark.parametrize("memory", ["auto", "least", "60GB"])
-def test_a_device_that_is_too_small_is_not_told_to_write_an_amount(
-    monkeypatch: pytest.MonkeyPatch, memory: str
-) -> None:
-    with pytest.raises(ValueError, match=rf"run\.memory={memory}: 4\.9GB of this device can be used") as error:
-        plan_on_gpu(monkeypatch, memory, GB - 10**8, Held(4 * GB, GB // 2))
-    assert "write a smaller run.microbatch_tokens" in str(error.value)
-
-
-def test_on_a_cpu_auto_keeps_everything_and_amounts_are_refused_only_below_the_weights() -> None:
-    sizes = sizes_of(NARROW, work(256, 64, itemsize=4, storage="full", device="cpu"))
-    held = Held(now=10**6, to_come=2 * 10**6)
-    assert plan_for(sizes, 4, "auto", held, CPU) == keep_everything(4)
-    assert plan_for(sizes, 4, "least", held, CPU) == keep_inputs(4)
-    assert plan_for(sizes, 4, "1GB", held, CPU) == keep_everything(4)
-    assert plan_for(sizes, 4, "3.1MB", held, CPU) == keep_inputs(4)
-    middle = plan_for(sizes, 4, "6MB", held, CPU)
-    assert recomputed(middle, 4)
-    assert middle != keep_inputs(4)
-    with pytest.raises(ValueError, match=r"run\.memory=3MB"):
-        plan_for(sizes, 4, "3MB", held, CPU)
 
 
 def test_every_storage_has_a_plan() -> None:

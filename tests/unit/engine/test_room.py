@@ -211,38 +211,45 @@ def test_room_is_made_first_and_the_step_taken_whole_once_more():
     learner, batches = open_learner(table), KINDS["sequences"][1]
     device, told, calls = Device(table.likelihood, 20), list[Shortage](), [0]
 
-    def relieve() -> bool:
+    def relieve() -> str:
         calls[0] += 1
         assert table.logits.grad is None
         device.most = 100
-        return True
+        return "all is given back"
 
     learner.room.relieve, learner.room.told = relieve, told.append
     torch.manual_seed(3)
     found = learner.step(batches, device, lambda batch: batch.total_weight)
     assert device.asked == [35, 35, 21]
-    assert (calls, told, learner.room.limit) == ([1], [Shortage(35, None)], None)
+    assert (calls, told, learner.room.limit) == ([1], [Shortage(35, None, "all is given back")], None)
     other = Table()
     torch.manual_seed(3)
     assert found == open_learner(other).step(batches, other.likelihood, lambda batch: batch.total_weight)
     assert torch.equal(table.logits, other.logits)
 
 
-@pytest.mark.parametrize("gives", [True, False])
-def test_where_that_is_not_enough_batches_are_divided(gives: bool):
+@pytest.mark.parametrize("gives", [0, 1, 3])
+def test_where_that_is_not_enough_batches_are_divided(gives: int):
+    """When there is nothing left to give back."""
     table = Table()
-    learner, told, calls = open_learner(table), list[Shortage](), [0]
-    device = Device(table.likelihood, 30)
-
-    def relieve() -> bool:
-        calls[0] += 1
-        return gives
-
-    learner.room.relieve, learner.room.told = relieve, told.append
+    learner, told, waiting = open_learner(table), list[Shortage](), ["cups", "plates", "spoons"][:gives]
+    given, device = list(waiting), Device(table.likelihood, 30)
+    learner.room.relieve, learner.room.told = lambda: waiting.pop(0) if waiting else None, told.append
     learner.step(KINDS["sequences"][1], device, lambda batch: batch.total_weight)
     assert device.asked[: 2 + gives] == [35] * (1 + gives) + [9]
-    assert told == [Shortage(35, None)] * gives + [Shortage(35, 17)]
-    assert calls == [1]  # it has had its turn in this step
+    assert told == [*(Shortage(35, None, made) for made in given), Shortage(35, 17)]
+
+
+def test_what_may_come_back_is_asked_after_each_step_that_memory_sufficed_for():
+    table, calls = Table(), list[int]()
+    learner = open_learner(table)
+    learner.room.recover = lambda: calls.append(learner.steps_taken)
+    for most in (100, 20, 100):
+        learner.step(KINDS["sequences"][1], Device(table.likelihood, most), lambda batch: batch.total_weight)
+    assert calls == [1, 2, 3]
+    with pytest.raises(NoRoom):
+        learner.step(KINDS["sequences"][1], Device(table.likelihood, 2), lambda batch: batch.total_weight)
+    assert calls == [1, 2, 3]
 
 
 @pytest.mark.parametrize("kind", ["sequences", "pairs"])

@@ -92,12 +92,13 @@ def test_a_run_goes_on_with_smaller_micro_batches_and_says_so(words, tmp_path, m
         room_for(patched, 100, THIRD)
         assert main(words) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "memory" in line and line.startswith("step")]
-    assert len(said) == 1
-    assert said[0].startswith("step 3 ran out of memory with ")
+    assert len(said) == 2
+    assert said[0].startswith("step 3 ran out of memory: blocks are computed again ")
+    assert said[1].startswith("step 3 ran out of memory with ")
     own = lines(tmp_path / "run")
     limits = [line.get("microbatch_tokens") for line in own if "loss" in line]
     assert limits == [None, None, *[limits[-1]] * 4]
-    assert f"from now on one holds at most {limits[-1]}; run.microbatch_tokens={limits[-1]} begins so" in said[0]
+    assert f"from now on one holds at most {limits[-1]}; run.microbatch_tokens={limits[-1]} begins so" in said[1]
     assert 50 <= limits[-1] <= 64
     with monkeypatch.context() as patched:
         divided_from_the_start(patched, int(limits[-1]), from_step=2)

@@ -1,0 +1,233 @@
+"""Where things are while a run trains: what of a pass waits on the device, and how much of the optimizer's states.
+
+Decided when all else is on the device, at the first pass that goes back; and once more where memory runs out.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import psutil
+import torch
+from torch import nn
+
+from burnish.engine.budget import (
+    LINK_RATE,
+    Sizes,
+    Work,
+    block_peaks,
+    leanest,
+    make_plan,
+    peak_bytes,
+    seconds_of,
+    sizes_of,
+)
+from burnish.engine.memory import in_use
+from burnish.model.adapters import LoRA, linear_layers
+from burnish.model.decoder import Decoder
+from burnish.model.shelf import Plan, keep_everything, keep_inputs
+from burnish.model.storage import Dense
+from burnish.optim.adamw import AdamW
+from burnish.settings import RunSettings, memory_bytes
+
+SHARES = 8
+"""States of the optimizer go to the host in steps of so many parts of them."""
+LESS = 0.9
+"""The share of what a plan takes that another one in its place takes at most."""
+
+
+class Held(NamedTuple):
+    """Bytes on the device that are not activations."""
+
+    now: int
+    """Weights, adapters and whatever else is there already."""
+    to_come: int
+    """Gradients and states of the optimizer that are not there yet."""
+    movable: int = 0
+    """The optimizer's states among these two that may be on the host instead."""
+
+
+class Arranged(NamedTuple):
+    """What is to be where."""
+
+    plan: Plan
+    away: int
+    """Bytes of the optimizer's states that leave the device."""
+
+
+@dataclass
+class Planner:
+    """Makes the plans of a decoder that is run by hand, and keeps the optimizer's states to them."""
+
+    decoder: Decoder
+    run: RunSettings
+    states: float
+    """Bytes that an optimizer holds for each trained number, where it is not known or has no pages."""
+    device: torch.device
+    optimizer: torch.optim.Optimizer | None = None
+
+    def __call__(self) -> Plan:
+        """What of each block waits for the backward pass, by run.memory and what is on the device by now."""
+        found = plan_for(self.sizes(), self._num_blocks, self.run.memory, self.held(), self.device)
+        if found.away and isinstance(self.optimizer, AdamW):
+            self.optimizer.evict(found.away)
+        return found.plan
+
+    def smaller(self) -> Plan | None:
+        """A plan for the room that there really is, and less than the decoder's takes; None where there is none."""
+        sizes, before = self.sizes(), self.decoder.plan
+        room = min(self.room(), round(peak_bytes(before, sizes) * LESS))
+        found = make_plan(sizes, self._num_blocks, room, host_bytes(self.device))
+        found = found or leanest(sizes, self._num_blocks, host_bytes(self.device))
+        return found if peak_bytes(found, sizes) < peak_bytes(before, sizes) else None
+
+    def room(self) -> int:
+        """The bytes that there really are for a pass, all else being on the device; less than 0 where that has none."""
+        return room_for(self.run.memory, self.held(), self.device)
+
+    def spare(self) -> int:
+        """The bytes that the largest pass would leave of the room."""
+        return self.room() - peak_bytes(self.decoder.plan, self.sizes())
+
+    def sizes(self) -> Sizes:
+        """Of the largest micro-batch."""
+        ranks = [part.rank for part in self.decoder.modules() if isinstance(part, LoRA)]
+        work = Work(
+            tokens=self.run.microbatch_tokens,
+            longest=self.run.microbatch_tokens,
+            rank=-(-max(ranks, default=0) // 16) * 16,
+            itemsize=self.decoder.dtype.itemsize,
+            storage=_storage(self.decoder),
+            fp8=self.run.fp8,
+            device=self.device.type,
+            embedding=_movable(self.decoder),
+            a_step=math.ceil(self.run.step_tokens / self.run.microbatch_tokens),
+        )
+        return sizes_of(self.decoder.config, work)
+
+    def held(self) -> Held:
+        """What else is on the device, or will be."""
+        trained = [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
+        gradients = sum(parameter.nbytes for parameter in trained if parameter.grad is None)
+        here = sum(parameter.nbytes for parameter in self.decoder.parameters())
+        now = in_use(self.device) if self.device.type == "cuda" else here
+        states, movable = self._states(trained)
+        return Held(now, gradients + states, movable)
+
+    def _states(self, trained: list[nn.Parameter]) -> tuple[int, int]:
+        """Bytes of states that are still to come to the device, and of all there that may leave it."""
+        if isinstance(self.optimizer, AdamW):
+            return self.optimizer.to_come(), self.optimizer.movable() if has_host(self.device) else 0
+        whole = round(sum(parameter.numel() for parameter in trained) * self.states)
+        return max(0, whole - self.decoder.states_held()), 0
+
+    @property
+    def _num_blocks(self) -> int:
+        return len(self.decoder.config.layers)
+
+
+def plan_for(sizes: Sizes, num_blocks: int, memory: str, held: Held, device: torch.device) -> Arranged:
+    """What `run.memory` asks for on this device, for the largest micro-batch; smaller ones use the same plan.
+
+    An amount counts tensors, not what the CUDA driver itself takes, about half a GiB. Raises ValueError where not even
+    the least fits. On a CPU, where no copy gains anything and the closed forms are rough, amounts are refused only if
+    they do not hold the weights and what belongs to them.
+    """
+    if memory == "auto" and device.type != "cuda":
+        return Arranged(keep_everything(num_blocks), 0)
+    room, host_room = room_for(memory, held, device), host_bytes(device)
+    found = arrange(sizes, num_blocks, room, host_room, held.movable, fill=memory != "least")
+    if found is None and (device.type == "cuda" or room <= 0):
+        raise ValueError(_too_little(sizes, num_blocks, memory, held, free_bytes(device), host_room))
+    return found or Arranged(keep_inputs(num_blocks), 0)
+
+
+def arrange(
+    sizes: Sizes, num_blocks: int, room: int, host_room: int, movable: int, fill: bool = True
+) -> Arranged | None:
+    """What costs the fewest seconds within `room` bytes of the device: activations and optimizer states compete.
+
+    States cross the bus twice in an optimizer step, once each way, while nothing else is computed. Without `fill` all
+    that may be on the host is there.
+    """
+    movable, best, cost = min(movable, host_room), None, math.inf
+    for away in [movable * share // SHARES for share in range(SHARES + 1)] if fill and movable else [movable]:
+        crossing = 2 * away / LINK_RATE / sizes.a_step
+        if crossing >= cost:
+            break
+        plan = make_plan(sizes, num_blocks, room + away, host_room - away, fill)
+        if plan is not None and crossing + seconds_of(plan, sizes) < cost:
+            best, cost = Arranged(plan, away), crossing + seconds_of(plan, sizes)
+    return best
+
+
+def room_for(memory: str, held: Held, device: torch.device) -> int:
+    """The bytes that are left for a pass, by `run.memory` and what is free."""
+    amount, free = memory_bytes(memory), free_bytes(device)
+    return (free if amount is None else min(free, amount - held.now)) - held.to_come
+
+
+def free_bytes(device: torch.device) -> int:
+    """What can still be allocated on a CUDA device, less a margin: 3 % of its memory, at least 1 GiB.
+
+    What this process was forbidden to take counts as taken. Of another device, what the host has.
+    """
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, allowed = torch.cuda.memory_reserved(device), torch.cuda.get_per_process_memory_fraction(device)
+    left = min(free - max(2**30, total * 3 // 100), int(total * allowed * 0.97) - reserved)
+    return left + reserved - torch.cuda.memory_allocated(device)
+
+
+def host_bytes(device: torch.device) -> int:
+    """What of the host's memory may be used beside the device's: half of what is free; nothing where they are one."""
+    return psutil.virtual_memory().available // 2 if has_host(device) else 0
+
+
+def has_host(device: torch.device) -> bool:
+    """Whether the host's memory is another one than the device's."""
+    return device.type == "cuda"
+
+
+def _movable(decoder: Decoder) -> int:
+    """Bytes of the embedding, where it may lie on the host."""
+    table = decoder.model.embed_tokens.weight
+    return table.nbytes if table.is_cuda and not table.requires_grad and not decoder.config.tied else 0
+
+
+def _storage(decoder: Decoder) -> str:
+    """How the weights of the blocks are kept."""
+    stored = next(layer.stored for path, layer in linear_layers(decoder).items() if path != "lm_head")
+    if not isinstance(stored, Dense):
+        return "nf4"
+    half = stored.weight.dtype != torch.float32
+    if stored.weight.requires_grad:
+        return "full16" if half else "full"
+    return "bf16" if half else "fp32"
+
+
+def _too_little(sizes: Sizes, num_blocks: int, memory: str, held: Held, free: int, host_room: int) -> str:
+    """One line: what takes how much, and what to write instead."""
+    away = min(held.movable, host_room)
+    plan = leanest(sizes, num_blocks, host_room - away)
+    least, block = peak_bytes(plan, sizes), max(block_peaks(plan, sizes))
+    to_come = held.to_come - away  # less than nothing, where states are there already and leave
+    needed = held.now + to_come + least
+    table = (
+        f"weights and adapters {_gb(held.now + min(0, to_come))}, gradients and optimizer {_gb(max(0, to_come))}"
+        f"{' with its states on the host' if away else ''}, activations at least "
+        f"{_gb(least - max(block, sizes.head))}, workspace {_gb(block)} in a block or {_gb(sizes.head)} in the head: "
+        f"{_gb(needed)} in all"
+    )
+    if to_come + least <= free:
+        return f"run.memory={memory} is too little: {table}; write run.memory={_gb(needed)} or {_LESS}"
+    return f"run.memory={memory}: {_gb(held.now + free)} of this device can be used, too little: {table}; write {_LESS}"
+
+
+def _gb(size: int) -> str:
+    """Bytes as `run.memory` writes them, rounded up."""
+    return f"{math.ceil(size / 1e8) / 10:.1f}GB"
+
+
+_LESS = "a smaller run.microbatch_tokens"
