@@ -56,6 +56,8 @@ class Worker:
             self.close()
             raise Failed(f"said nothing for {seconds:.0f} s; {self._last_line()}") from None
         if answer is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=15)  # it has closed its output: how it ends is worth a moment
             self.close()
             raise Failed(f"ended with exit status {self._process.returncode}; {self._last_line()}")
         return answer
@@ -67,21 +69,20 @@ class Worker:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=15)
             self.close()
             raise Failed(f"is gone; {self._last_line()}") from None
         return self.hear(seconds)
 
     def close(self) -> None:
-        """Ends the process: it is told by the end of its input, and killed when it does not listen."""
+        """Ends the process at once: its answers are in, and a trainer that is told to stop takes its time."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        self._process.kill()
+        self._process.wait()
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        try:
-            self._process.wait(timeout=15)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
         self._listener.join(timeout=5)  # a process that it left behind may still hold its output open
         if not self._listener.is_alive():
             self._process.stdout.close()
