@@ -210,7 +210,8 @@ def steps(learner: Learner, policy: Role, batches: list[PreferenceBatch], cached
         metrics = learner.step([batch], objective, lambda batch: batch.num_pairs)
         full = meter.end()
     graphs = policy.model.fused and policy.model.fused.graphs
-    print(f"step {learner.steps_taken}: loss {metrics['loss']:.4f}, recordings {graphs and graphs.count}", flush=True)
+    recordings = f" ({graphs.count} passes recorded)" if graphs else ""
+    print(f"step {learner.steps_taken}{recordings}: loss {metrics['loss']:.4f}", flush=True)
 
 
 def random_comparisons(pairs: int, prompt: int, answer: int, vocab_size: int, seed: int) -> list[Comparison]:
