@@ -126,7 +126,9 @@ def test_log_probs_are_the_same_to_the_last_bit_before_a_recording_and_with_it(t
         with torch.no_grad():
             found += [model.log_probs(batch, adapter).double() for _ in range(2)]
         assert len(recordings) == known + 2
-        assert all(torch.equal(log_probs, found[0]) for log_probs in found)
+        how = ["launched", "as it was recorded", "replayed", "launched without gradients", "replayed without gradients"]
+        apart = {name: (log_probs - found[0]).abs().max().item() for name, log_probs in zip(how, found, strict=True)}
+        assert not any(apart.values()), apart
 
 
 def test_forward_alone_and_in_between(tmp_path) -> None:
