@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from benchmarks.chart import NAMES, Dot, Limit, scatter
 from benchmarks.compare import read_rows
+from benchmarks.memory_rows import ROWS
 from benchmarks.rows import RESULTS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -58,7 +59,7 @@ def filled(page: str, rows: Sequence[Row]) -> str:
     """The page with the tables of these rows."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    tables = [*(table(work, run) for work, run in runs(rows)), kernels(rows)]
+    tables = [*(table(work, run) for work, run in runs(rows)), memory(rows), kernels(rows)]
     text = "\n\n".join("\n".join(lines) for lines in tables if lines)
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
@@ -79,7 +80,7 @@ def runs(rows: Iterable[Row]) -> Iterator[tuple[Work, list[Row]]]:
 
 def words_of(row: Row) -> dict[str, str]:
     """A row's settings by name."""
-    return dict(word.partition("=")[::2] for word in row["settings"].split())
+    return {key: value for key, _, value in (word.partition("=") for word in row["settings"].split())}
 
 
 def _place(work: Work) -> tuple[object, ...]:
@@ -116,6 +117,41 @@ def table(work: Work, run: Sequence[Row]) -> list[str]:
         cells = [NAMES[row["system"]], told_of(row), rate, row["peak_allocated_gib"], row["peak_reserved_gib"]]
         lines.append(f"| {' | '.join([*cells, row['compile_seconds'], beside(row, run)])} |")
     return lines
+
+
+def memory(rows: Sequence[Row]) -> list[str]:
+    """The last figures of each row of memory and cap, on the device of the last of them."""
+    measured = [row for row in rows if row["benchmark"] == "memory"]
+    if not measured:
+        return []
+    device, order = measured[-1]["device"], [*ROWS]
+    latest: dict[tuple[str, str], Row] = {}
+    for row in measured:
+        if row["device"] == device:
+            latest[words_of(row)["row"], words_of(row)["cap"]] = row
+    lines = [
+        f"### Memory: {device}",
+        "",
+        "| what | promised elsewhere | target | GiB allocated | reserved | tokens/s | cap | how | commit |",
+        "| --- | --- | --- | ---: | ---: | ---: | --- | --- | --- |",
+    ]
+    for (name, cap), row in sorted(latest.items(), key=lambda item: order.index(item[0][0])):
+        rate = f"{int(row['tokens_per_second']):,}" if row["tokens_per_second"] else ""
+        figures = [row["peak_allocated_gib"], row["peak_reserved_gib"], rate]
+        cells = [ROWS[name].what, ROWS[name].promise, ROWS[name].target, *figures, cap, how_of(row), row["commit"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def how_of(row: Row) -> str:
+    """How a row of memory came out, or that it did not fit, and with which settings."""
+    words = {key: value for key, value in words_of(row).items() if key not in ("row", "cap", "most", *WORDS_OF_WORK)}
+    told = " ".join(f"{key}={value}" for key, value in words.items())
+    if not row["tokens_per_second"]:
+        return f"{row['note'].partition(':')[0]}; {told}"
+    if ROWS[words_of(row)["row"]].kind != "longest":
+        return told
+    return f"{int(row['tokens_per_step']):,} tokens, {float(row['step_seconds']):.1f} s a step; {told}"
 
 
 def kernels(rows: Sequence[Row]) -> list[str]:

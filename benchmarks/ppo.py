@@ -170,6 +170,7 @@ def measured(asked: Mapping[str, str], folder: Path, setting: Mapping[str, Any])
             "adapter": {"rank": RANK, "alpha": ALPHA},
             "data": {"path": str(folder / "prompts.jsonl"), "max_length": length},
             "evaluate": {"fraction": 0},
+            "optim": {"kind": setting.get("optimizer", "adamw")},
             "reward": {"path": str(folder / "reward")},
             "rollout": {
                 "prompts": int(asked["prompts"]),
@@ -179,6 +180,7 @@ def measured(asked: Mapping[str, str], folder: Path, setting: Mapping[str, Any])
             "run": {
                 "folder": str(run),
                 "steps": WARM_UP + TIMED,
+                "memory": setting.get("memory", "auto"),
                 "microbatch_tokens": max(setting["microbatch_tokens"], length),
                 "step_tokens": max(setting["microbatch_tokens"], length),
             },

@@ -96,8 +96,9 @@ class Sampler:
         sharded = self.mesh is not None and self.mesh.world > 1
         if self.dense is not None or sharded or device.type != "cuda":
             return bool(self.dense) and not sharded
-        free = torch.cuda.mem_get_info(device)[0]
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
+        reserved, allowed = torch.cuda.memory_reserved(device), torch.cuda.get_per_process_memory_fraction(device)
+        free = min(free, int(total * allowed) - reserved) + reserved - torch.cuda.memory_allocated(device)
         return SCRATCH_MARGIN * scratch_bytes(self.model, self.model.dtype) < free
 
 
