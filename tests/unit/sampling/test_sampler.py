@@ -1,5 +1,7 @@
 """The sampler against the definition: each answer alone, with a full forward pass for every token."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from burnish.data.packing import collate
 from burnish.data.tokenizer import Tokenizer
 from burnish.model.adapters import AdapterSpec, adapter_parameters, add_adapter
 from burnish.model.checkpoint import load_model
-from burnish.sampling import writing
+from burnish.sampling import sampler, writing
 from burnish.sampling.sampler import Sampler, Sampling, generate
 from burnish.sampling.slots import Slots
 from burnish.sampling.streams import seed_of
@@ -243,6 +245,18 @@ def test_generate_gives_answers_without_their_end_and_stays_within_the_positions
     assert found[12:] == [[], []]
     drawn = [generate(model, prompts, 12, ENDS, "a", 1.0, seed, slots) for seed, slots in ((1, 4), (1, 128), (2, 128))]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(("allowed", "wants"), [(1.0, True), (0.32, True), (0.3, False)])
+def test_weights_are_turned_for_decoding_where_a_cap_leaves_room_for_them(monkeypatch, allowed, wants):
+    """80 GB, of which 10 are held and 2 of these unused: weights of 13.5 GB want 16.875 free."""
+    bytes_of = {"memory_reserved": 10e9, "memory_allocated": 8e9, "get_per_process_memory_fraction": allowed}
+    for name, value in bytes_of.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70e9, 80e9))
+    monkeypatch.setattr(sampler, "scratch_bytes", lambda *_: 13.5e9)
+    on_card = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    assert Sampler(on_card, 1)._wants_scratch() == wants  # 0.32: 25.6 of 8 + 16.875 GB; 0.3: 24
 
 
 def test_with_invariant_every_bit_is_the_same_whatever_is_written_beside(folder, prompts, monkeypatch):
