@@ -253,7 +253,7 @@ def _hidden(sizes: Sizes) -> list[str]:
 def _least(sizes: Sizes, num_blocks: int, names: Sequence[str], host_room: int, tight: bool) -> Plan:
     """These names go to the host, from the first block on, as far as it has room; otherwise only inputs are kept.
 
-    The backward pass begins with the last block: nothing of it leaves.
+    The backward pass begins with the last block: what others send to the host stays on the device there.
     """
     host = [set[str]() for _ in range(num_blocks)]
     for name in names:
@@ -262,7 +262,8 @@ def _least(sizes: Sizes, num_blocks: int, names: Sequence[str], host_room: int, 
         host_room -= count * size
         for block in range(count):
             host[block].add(name)
-    kept = (frozenset({"x"} - names) for names in host)
+    kept = [frozenset({"x"} - names) for names in host]
+    kept[-1] |= host[0]
     plan = Plan(tuple(kept), tuple(map(frozenset, host)))
     if not tight:
         return plan

@@ -319,11 +319,13 @@ def _pieces(events: Sequence[Event]) -> tuple[list[_Piece], int]:
 
 
 def _settle(found: Explained) -> None:
-    """Let workspace be the rest. States that had left for the host by the time of the peak held nothing."""
+    """Let workspace be the rest. What had been there before and was given back by the time of the peak held nothing."""
     rest = found.bytes - sum(size for name, size in found.classes.items() if name != "workspace")
-    found.classes["optimizer"] += min(0, rest)
+    for name in ("optimizer", "weights", "adapters"):  # states leave for the host; decoded copies are given back
+        gone = min(found.classes[name], max(0, -rest))
+        found.classes[name] -= gone
+        rest += gone
     found.classes["workspace"] = max(0, rest)
-    assert found.classes["optimizer"] >= 0
 
 
 def _weights(model: Decoder) -> list[Tensor]:

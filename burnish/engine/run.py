@@ -13,17 +13,19 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from burnish.config import Stopped, to_yaml
 from burnish.engine import checkpoints
 from burnish.engine.environment import environment
 from burnish.engine.learner import Learner, NonFinite
-from burnish.engine.memory import Peak, in_use, measured_peak
+from burnish.engine.memory import Explained, Peak, explained_peak, in_use, measured_peak
 from burnish.engine.mesh import laid_like
 from burnish.engine.room import NoRoom, Shortage, ran_out
 from burnish.engine.shortage import holdings, out_of_memory, told
 from burnish.engine.trackers import Tracker, open_trackers
+from burnish.model.decoder import Decoder
 from burnish.optim.adamw import optimizer_tensors, restore_optimizer
 from burnish.settings import TrainingSettings
 
@@ -67,6 +69,8 @@ class Run:
         self.parameters = {name: p for learner in learners for name, p in learner.parameters.items()}
         self.data_fingerprint = f"{data_fingerprint} over {self.mesh.world} ranks"
         self.step, self.num_tokens, self.seconds, self.peak_bytes = 0, 0.0, 0.0, 0
+        self.explained: dict[str, Any] | None = None
+        """The peak of one step: which, how many bytes, in which phase, what held them, and whether graphs did too."""
         self.best_eval_loss: float | None = None
         self.eval_loss: float | None = None
         self.trackers: list[Tracker] = []
@@ -127,6 +131,7 @@ class Run:
             yield self.step
             self._measuring.close()
             self.peak_bytes = max(self.peak_bytes, peak.bytes)
+            self._explain(peak)
             self.step += 1
             self.bar.update()
             last, stop = self.step == self.total_steps, self.mesh.any(self._signal is not None)
@@ -192,6 +197,7 @@ class Run:
                 "num_tokens": self.num_tokens,
                 "seconds": self.seconds,
                 "peak_bytes": self.peak_bytes,
+                "explained": self.explained,
                 "eval_loss": self.eval_loss,
                 "best_eval_loss": self.best_eval_loss,
                 "metrics_bytes": self.metrics_file.tell(),
@@ -233,10 +239,18 @@ class Run:
 
     @contextmanager
     def _measured(self) -> Generator[Peak]:
-        """The peak memory of a step: each on CUDA; on the CPU, where counting is slow, this process's second."""
+        """The peak memory of a step: each on CUDA; on the CPU, where counting is slow, this process's second.
+
+        That of the second is explained too, unless answers are written in it on CUDA: a record of all that took and
+        gave back memory meanwhile would be long.
+        """
         device = self.mesh.device
         self._measured_step -= 1
-        if device.type == "cuda" or self._measured_step == 0:
+        writes = device.type == "cuda" and hasattr(self.config, "rollout")
+        if self._measured_step == 0 and isinstance(self.model, Decoder) and not writes:
+            with explained_peak(self.model, self.learners) as peak:
+                yield peak
+        elif device.type == "cuda" or self._measured_step == 0:
             held: list[Tensor] = []
             if device.type != "cuda":  # which counts by itself
                 held = [*self.model.parameters(), *self.model.buffers(), *self._optimizer_tensors().values()]
@@ -244,6 +258,15 @@ class Run:
                 yield peak
         else:
             yield Peak()
+
+    def _explain(self, peak: Peak) -> None:
+        """Keep what held the peak, where it is known and higher than that of a step before."""
+        if not isinstance(peak, Explained) or peak.bytes <= (self.explained or {"bytes": 0})["bytes"]:
+            return
+        fused = self.model.fused if isinstance(self.model, Decoder) else None
+        graphs = fused is not None and fused.graphs is not None
+        found = {"step": self.step + 1, "bytes": peak.bytes, "phase": peak.phase, "graphs": graphs}
+        self.explained = found | {"classes": peak.classes}
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         states = [optimizer_tensors(learner.optimizer, learner.parameters) for learner in self.learners]
@@ -270,8 +293,9 @@ class Run:
             with torch.no_grad():  # and not by way of .data, which leaves no trace that the weights have changed
                 parameter.copy_(laid_like(tensors["weights"][name], parameter.data))
         optimizer = {
-            name: laid_like(tensor, self.parameters[name.rsplit(".", 1)[0]].data) if tensor.ndim else tensor
+            name: laid_like(tensor, like) if tensor.ndim and isinstance(like, DTensor) else tensor
             for name, tensor in tensors["optimizer"].items()
+            for like in (self.parameters[name.rsplit(".", 1)[0]].data,)  # whoever is whole moves it where it belongs
         }
         for learner, taken in zip(self.learners, state["steps_taken"], strict=True):
             restore_optimizer(learner.optimizer, learner.parameters, optimizer)
@@ -285,7 +309,7 @@ class Run:
         checkpoints.restore_random_state(states, self.mesh.device)
         self.step = self._saved_step = state["step"]
         self.num_tokens, self.seconds, self.peak_bytes = state["num_tokens"], state["seconds"], state["peak_bytes"]
-        self.best_eval_loss = state["best_eval_loss"]
+        self.best_eval_loss, self.explained = state["best_eval_loss"], state.get("explained")
         self._measured_step = min(2, self.total_steps - self.step)
         if self.mesh.is_main:  # lines of steps after the checkpoint are about to be written again
             with (self.folder / "metrics.jsonl").open("r+b") as file:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
@@ -13,7 +14,7 @@ from burnish.report.curves import draw_curves
 from burnish.report.folders import Row, RunFolder, labels, read_run
 from burnish.report.settings import flat, side_by_side
 from burnish.report.table import TABLED, bases, columns, start
-from burnish.report.units import ABSENT, MINUS, compact, count, decimal, duration, listing, percent
+from burnish.report.units import ABSENT, MINUS, compact, count, decimal, duration, listing, percent, size
 from burnish.report.verdicts import Model, pair_samples, task_groups
 
 OPEN_SAMPLES = 6
@@ -51,6 +52,7 @@ def write_page(folders: Sequence[Path], out: Path, title: str) -> Path:
             row_names=row_names,
             columns=found,
             more=_more([run.row for run in runs]),
+            memory=_memory([run.row for run in runs]),
             curves=draw_curves(runs, names),
             tasks=task_groups(models),
             samples=pair_samples(models),
@@ -77,7 +79,7 @@ def _task(runs: Sequence[RunFolder]) -> str:
     model, data, device = (_shared(runs, name) for name in ("model.path", "data.path", "device"))
     if not model:
         return ""
-    sizes = [size for run in runs if (size := _base_parameters(run.row))]
+    sizes = [number for run in runs if (number := _base_parameters(run.row))]
     tokens = {count(run.metrics[-1].get("num_tokens", 0)) for run in runs if run.metrics}
     parts = [f"{len(runs)} runs from " if len(runs) > 1 else "From "]
     parts.append("the embedded base" if model == "embedded" else model)
@@ -128,6 +130,24 @@ def _more(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
             metrics["pair_loss"] = metrics["eval_loss"]  # the column of losses is for losses per token
     names = dict.fromkeys(name for metrics in measured for name in metrics if name not in TABLED)
     return [(name.removeprefix("eval_"), [_told(metrics.get(name)) for metrics in measured]) for name in names]
+
+
+def _memory(rows: Sequence[Row]) -> dict[str, Any]:
+    """What held the memory at the peak of a step of each run, class by class; nothing where no run knows."""
+    peaks: list[dict[str, Any]] = [row.get("peak") or {} for row in rows]
+    if not any(peaks):
+        return {}
+    classes: list[dict[str, int]] = [peak.get("classes", {}) for peak in peaks]
+    names = dict.fromkeys(name for own in classes for name in own)
+    lines = {name: [_bytes(own.get(name)) for own in classes] for name in names}
+    lines["together"] = [_bytes(peak.get("bytes")) for peak in peaks]
+    lines["in the"] = [peak.get("phase", ABSENT) for peak in peaks]
+    lines["of step"] = [str(peak.get("step", ABSENT)) for peak in peaks]
+    return {"lines": list(lines.items()), "graphs": any(peak.get("graphs") for peak in peaks)}
+
+
+def _bytes(value: int | None) -> str:
+    return ABSENT if value is None else size(value) if value else "0"
 
 
 def _told(value: float | None) -> str:

@@ -49,6 +49,8 @@ def finish(run: "Run", folder: Path, method: str, before: Mapping[str, Any], aft
         "run": folder.resolve().name,
         **start_of(folder),
     }
+    if run.explained is not None:
+        row["peak"] = run.explained
     if "scorer" in after:
         row["scorer"] = after["scorer"]
     if run.mesh.is_main:

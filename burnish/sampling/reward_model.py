@@ -110,7 +110,7 @@ def last_values(role: Role, sequences: Sequence[Ids], microbatch_tokens: int, me
         members = packs[number] if number < len(packs) else []
         rows = [TokenSequence(tuple(sequences[i]), (0.0,) * lengths[i], 0) for i in members]
         batch = collate(rows or [TokenSequence((0,), (0.0,), 0)]).to(model.device)
-        scores = (score for _, part in room.each([batch], read) for score in part)
+        scores = [score for _, part in room.each([batch], read) for score in part]  # also where nobody asks for them
         for member, score in zip(members, scores, strict=False):
             found[member] = score
     model.train(training)

@@ -70,6 +70,9 @@ def test_a_run_folder_tells_the_whole_story(words, tmp_path):
         t.numel() for t in load_file(run / "adapter/adapter_model.safetensors").values()
     )
     assert row["peak_memory_bytes"] > row["trainable_parameters"] * 16
+    assert row["peak"]["bytes"] == row["peak_memory_bytes"] == sum(row["peak"]["classes"].values())
+    assert row["peak"]["step"] == 2
+    assert row["peak"]["classes"]["weights"] > 0
 
 
 def test_the_written_config_repeats_the_run(words, tmp_path):

@@ -66,7 +66,12 @@ def ended_run(is_main: bool) -> Any:
     model.layers[0].adapters["policy"] = adapter = nn.Linear(64, 4)
     parameters = dict(adapter.named_parameters())
     return SimpleNamespace(
-        parameters=parameters, model=model, peak_bytes=4096, seconds=2.5, mesh=SimpleNamespace(is_main=is_main)
+        parameters=parameters,
+        model=model,
+        peak_bytes=4096,
+        explained=None,
+        seconds=2.5,
+        mesh=SimpleNamespace(is_main=is_main),
     )
 
 
@@ -99,6 +104,21 @@ def test_a_row_says_where_the_run_started_and_who_scored_it(tmp_path: Path) -> N
     row = finish(ended_run(is_main=True), tmp_path, "LoRA + DPO", {"metrics": {}}, after)
     assert (row["from"], row["scorer"]) == ("sft", "a rule")
     assert read_run(tmp_path).row == row
+
+
+def test_what_held_the_memory_is_in_the_row_and_on_the_page(tmp_path: Path) -> None:
+    run = ended_run(is_main=True)
+    classes = {"weights": 3 * 2**20, "gradients": 0, "workspace": 2**20}
+    run.explained = {"step": 2, "bytes": 2**22, "phase": "head", "graphs": True, "classes": classes}
+    row = finish(run, tmp_path, "LoRA", {"metrics": {}}, {"metrics": {}})
+    assert row["peak"] == run.explained
+    page = " ".join((tmp_path / "report.html").read_text().split())
+    for name, value in {"weights": "3.00 MiB", "gradients": "0", "together": "4.00 MiB", "of step": "2"}.items():
+        assert f'<th scope="row">{name}</th><td>{value}</td>' in page
+    assert "What CUDA graphs work in is in no tensor" in page
+    run.explained["graphs"] = False
+    finish(run, tmp_path, "LoRA", {"metrics": {}}, {"metrics": {}})
+    assert "CUDA graphs" not in (tmp_path / "report.html").read_text()
 
 
 def test_other_ranks_know_the_row_and_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
