@@ -207,7 +207,9 @@ def _columns(
         "adapter": "none" if trains_all(asked) else "lora",
         "rank": "" if trains_all(asked) else RANK,
         "checkpointing": checkpointing,
-        "settings": " ".join(f"{key}={str(value).lower()}" for key, value in told.items()),
+        "settings": " ".join(
+            f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in told.items()
+        ),
     }
 
 
