@@ -313,7 +313,8 @@ def test_more_room_never_keeps_less(case: tuple[Sizes, int], room: int, more: in
     if small is None:
         return
     assert large is not None
-    assert all(a <= b for a, b in zip(small.kept, large.kept, strict=True))
+    # But for the last block, which keeps what others send to the host: with more room that may be less.
+    assert all(a <= b for a, b in zip(small.kept[:-1], large.kept[:-1], strict=True))
     assert small.dense_blocks <= large.dense_blocks
     again = [recomputed(plan, num_blocks) for plan in (small, large)]
     assert again[1] <= again[0]
