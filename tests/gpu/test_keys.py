@@ -6,6 +6,7 @@ from torch import Tensor
 
 from burnish.ops.attention import attention_backward, attention_forward, packed_layout
 from burnish.ops.keys import add_up, copy_out, keys_of, padded
+from burnish.ops.sequences import sequence_sums
 from tests.tiny import Groups, tiny_shared_batch
 
 pytestmark = [
@@ -59,3 +60,12 @@ def test_gradients_of_keys_and_values_are_the_same_each_time(shape) -> None:
     found = [attention_backward(dout, given, out, saved, layout, 0.125)[1:] for _ in range(5)]
     for again in found[1:]:
         assert all(torch.equal(ours, first) for ours, first in zip(again, found[0], strict=True))
+
+
+def test_sums_over_sequences_are_the_same_each_time() -> None:
+    batch = tiny_shared_batch(GROUPS)[1].to("cuda")
+    values = torch.randn(len(batch.tokens), generator=torch.Generator("cuda").manual_seed(0), device="cuda")
+    found = [sequence_sums(values, batch) for _ in range(5)]
+    assert all(torch.equal(sums, found[0]) for sums in found)
+    exact = [part.double().sum().item() for part in values.split(batch.starts.diff().tolist())]
+    torch.testing.assert_close(found[0].double().cpu(), torch.tensor(exact, dtype=torch.float64), rtol=1e-5, atol=1e-4)

@@ -1,7 +1,7 @@
 import torch
 
-from burnish.ops.sequences import sequence_last, sequence_means, sequence_sums
-from tests.tiny import tiny_batch
+from burnish.ops.sequences import padded_sums, sequence_last, sequence_means, sequence_sums
+from tests.tiny import tiny_batch, tiny_shared_batch
 
 
 def test_numbers_per_position_become_numbers_per_sequence() -> None:
@@ -19,3 +19,15 @@ def test_the_mean_of_an_unweighted_sequence_has_a_finite_gradient() -> None:
     sequence_means(values, torch.tensor([0.0, 0.0, 1.0]), tiny_batch([2, 1])).sum().backward()
     assert values.grad is not None
     assert values.grad.tolist() == [0.0, 0.0, 1.0]
+
+
+def test_sums_by_way_of_rows_are_the_same() -> None:
+    shared = tiny_shared_batch([(5, (3, 1, 4)), (2, (2, 6))])[1]
+    for batch in (tiny_batch([2, 3, 1, 17]), shared):
+        values = torch.randn(len(batch.tokens), dtype=torch.float64, requires_grad=True)
+        factors = torch.randn(batch.num_sequences, dtype=torch.float64)
+        one, other = sequence_sums(values, batch), padded_sums(values, batch)
+        torch.testing.assert_close(other, one)
+        gradients = [torch.autograd.grad((sums * factors).sum(), values)[0] for sums in (one, other)]
+        torch.testing.assert_close(gradients[1], gradients[0])
+        assert torch.equal(gradients[0], factors[batch.sequence])
