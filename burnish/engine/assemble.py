@@ -171,7 +171,9 @@ def open_learner(decoder: Decoder, adapter: str | None, optim: OptimSettings, st
     decoder.states_held = partial(state_bytes, learner.optimizer)
     planner = decoder.planner if isinstance(decoder.planner, Planner) else None
     if planner is not None:
-        planner.optimizer = learner.optimizer
+        planner.optimizer, planner.clips = learner.optimizer, optim.clip > 0
+    if decoder.fused is not None and decoder.takes(adapter):
+        learner.taking = decoder.fused.taking
     if mesh.world == 1:
         relief = Relief(decoder, learner.optimizer, planner if decoder.takes(adapter) else None, mesh.device)
         learner.room.relieve, learner.room.recover = relief, relief.recover

@@ -246,6 +246,10 @@ class Record:
 
         model.hidden = noted  # so that no part of the model need know of this
         watching.callback(lambda: setattr(model, "hidden", hidden) if own else delattr(model, "hidden"))
+        if model.fused is not None:
+            taking = model.fused.taking
+            taking.noted = self.gradient
+            watching.callback(lambda: setattr(taking, "noted", None))
         for learner in learners:
             parameters = list(learner.parameters.values())
             hooks = [parameter.register_hook(self.gradient) for parameter in parameters]
@@ -264,8 +268,13 @@ class Record:
             if parameter.grad is not None:
                 self.gradient(parameter.grad)
 
-    def gradient(self, gradient: Tensor) -> None:
-        """This is there by now, and the gradient of a parameter: it may not last until the optimizer's step."""
+    def gradient(self, gradient: Tensor | None) -> None:
+        """This is there by now, and the gradient of a parameter: it may not last until the optimizer's step.
+
+        None: it was taken as it appeared, and told of then.
+        """
+        if gradient is None:
+            return
         self._gradients.setdefault(storage_of(gradient).data_ptr(), []).append(self._place())
 
     def made(self, events: Sequence[Event]) -> tuple[str, dict[str, int]]:

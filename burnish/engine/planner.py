@@ -45,6 +45,10 @@ class Held(NamedTuple):
     """Gradients and states of the optimizer that are not there yet."""
     movable: int = 0
     """The optimizer's states among these two that may be on the host instead."""
+    passing: int = 0
+    """Gradients among those to come that need not be there together: they can be taken as they appear."""
+    twice: bool = False
+    """Whether a step whose gradients are taken so is computed twice: first for the norm of all."""
 
 
 class Arranged(NamedTuple):
@@ -53,6 +57,10 @@ class Arranged(NamedTuple):
     plan: Plan
     away: int
     """Bytes of the optimizer's states that leave the device."""
+    taken: bool = False
+    """Whether gradients of matrices are taken as they appear."""
+    seconds: float = 0.0
+    """What all of that costs, for each micro-batch."""
 
 
 @dataclass
@@ -65,12 +73,16 @@ class Planner:
     """Bytes that an optimizer holds for each trained number, where it is not known or has no pages."""
     device: torch.device
     optimizer: torch.optim.Optimizer | None = None
+    clips: bool = True
+    """Whether gradients are clipped: to take them as they appear each step is then computed twice."""
 
     def __call__(self) -> Plan:
         """What of each block waits for the backward pass, by run.memory and what is on the device by now."""
         found = plan_for(self.sizes(), self._num_blocks, self.run.memory, self.held(), self.device)
         if found.away and isinstance(self.optimizer, AdamW):
             self.optimizer.evict(found.away)
+        if self.decoder.fused is not None:
+            self.decoder.fused.taking.wanted = found.taken
         return found.plan
 
     def smaller(self) -> Plan | None:
@@ -101,7 +113,7 @@ class Planner:
             fp8=self.run.fp8,
             device=self.device.type,
             embedding=_movable(self.decoder),
-            a_step=math.ceil(self.run.step_tokens / self.run.microbatch_tokens),
+            a_step=self._passes_a_step,
         )
         return sizes_of(self.decoder.config, work)
 
@@ -112,7 +124,10 @@ class Planner:
         here = sum(parameter.nbytes for parameter in self.decoder.parameters())
         now = in_use(self.device) if self.device.type == "cuda" else here
         states, movable = self._states(trained)
-        return Held(now, gradients + states, movable)
+        passing = min(gradients, self._passing())
+        if self.decoder.fused is not None and self.decoder.fused.taking.wanted:
+            return Held(now, gradients - passing + states, movable)
+        return Held(now, gradients + states, movable, passing, self.clips)
 
     def _states(self, trained: list[nn.Parameter]) -> tuple[int, int]:
         """Bytes of states that are still to come to the device, and of all there that may leave it."""
@@ -120,6 +135,17 @@ class Planner:
             return self.optimizer.to_come(), self.optimizer.movable() if has_host(self.device) else 0
         whole = round(sum(parameter.numel() for parameter in trained) * self.states)
         return max(0, whole - self.decoder.states_held()), 0
+
+    def _passing(self) -> int:
+        """Bytes of gradients that need not be there together: those of the blocks' matrices but for one layer's."""
+        if self.decoder.fused is None or self._passes_a_step > 1 or not isinstance(self.optimizer, AdamW):
+            return 0
+        sizes = [sum(w.nbytes for w in weights) for weights in self.decoder.fused.trained_matrices()]
+        return sum(sizes) - max(sizes, default=0)
+
+    @property
+    def _passes_a_step(self) -> int:
+        return math.ceil(self.run.step_tokens / self.run.microbatch_tokens)
 
     @property
     def _num_blocks(self) -> int:
@@ -135,8 +161,14 @@ def plan_for(sizes: Sizes, num_blocks: int, memory: str, held: Held, device: tor
     """
     if memory == "auto" and device.type != "cuda":
         return Arranged(keep_everything(num_blocks), 0)
-    room, host_room = room_for(memory, held, device), host_bytes(device)
-    found = arrange(sizes, num_blocks, room, host_room, held.movable, fill=memory != "least")
+    room, host_room, fill = room_for(memory, held, device), host_bytes(device), memory != "least"
+    options = [arrange(sizes, num_blocks, room, host_room, held.movable, fill)]
+    if held.passing:
+        options.append(
+            _taking(arrange(sizes, num_blocks, room + held.passing, host_room, held.movable, fill), sizes, held)
+        )
+    possible = [option for option in options if option is not None]
+    found = min(possible, key=lambda option: option.seconds, default=None) if fill else next(reversed(possible), None)
     if found is None and (device.type == "cuda" or room <= 0):
         raise ValueError(_too_little(sizes, num_blocks, memory, held, free_bytes(device), host_room))
     return found or Arranged(keep_inputs(num_blocks), 0)
@@ -157,8 +189,17 @@ def arrange(
             break
         plan = make_plan(sizes, num_blocks, room + away, host_room - away, fill)
         if plan is not None and crossing + seconds_of(plan, sizes) < cost:
-            best, cost = Arranged(plan, away), crossing + seconds_of(plan, sizes)
+            cost = crossing + seconds_of(plan, sizes)
+            best = Arranged(plan, away, seconds=cost)
     return best
+
+
+def _taking(found: Arranged | None, sizes: Sizes, held: Held) -> Arranged | None:
+    """The same where gradients are taken as they appear."""
+    if found is None:
+        return None
+    again = 3 * sizes.forward * len(found.plan.kept) + seconds_of(found.plan, sizes) if held.twice else 0.0
+    return found._replace(taken=True, seconds=found.seconds + again)
 
 
 def room_for(memory: str, held: Held, device: torch.device) -> int:
@@ -212,11 +253,11 @@ def _too_little(sizes: Sizes, num_blocks: int, memory: str, held: Held, free: in
     away = min(held.movable, host_room)
     plan = leanest(sizes, num_blocks, host_room - away)
     least, block = peak_bytes(plan, sizes), max(block_peaks(plan, sizes))
-    to_come = held.to_come - away  # less than nothing, where states are there already and leave
+    to_come = held.to_come - away - held.passing  # less than nothing, where states are there already and leave
     needed = held.now + to_come + least
     table = (
         f"weights and adapters {_gb(held.now + min(0, to_come))}, gradients and optimizer {_gb(max(0, to_come))}"
-        f"{' with its states on the host' if away else ''}, activations at least "
+        f"{_ON_HOST if away else ''}{_AS_THEY_APPEAR if held.passing else ''}, activations at least "
         f"{_gb(least - max(block, sizes.head))}, workspace {_gb(block)} in a block or {_gb(sizes.head)} in the head: "
         f"{_gb(needed)} in all"
     )
@@ -230,4 +271,6 @@ def _gb(size: int) -> str:
     return f"{math.ceil(size / 1e8) / 10:.1f}GB"
 
 
+_ON_HOST = " with its states on the host"
+_AS_THEY_APPEAR = ", gradients of one layer at a time"
 _LESS = "a smaller run.microbatch_tokens"

@@ -46,6 +46,13 @@ class NoRoom(MemoryError):
         return f"{kind}, {self.tokens:,} tokens,"
 
 
+class Halfway(MemoryError):
+    """Memory ran out when a step had changed some weights, so that it cannot be taken again."""
+
+    def __init__(self) -> None:
+        super().__init__("out of memory when a step had changed some weights already")
+
+
 @dataclass
 class Room:
     """How much of a batch is computed at a time: all of it until memory runs out, then half as much, and so on."""

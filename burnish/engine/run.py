@@ -22,7 +22,7 @@ from burnish.engine.environment import environment
 from burnish.engine.learner import Learner, NonFinite
 from burnish.engine.memory import Explained, Peak, explained_peak, in_use, measured_peak
 from burnish.engine.mesh import laid_like
-from burnish.engine.room import NoRoom, Shortage, ran_out
+from burnish.engine.room import Halfway, NoRoom, Shortage, ran_out
 from burnish.engine.shortage import holdings, out_of_memory, told
 from burnish.engine.trackers import Tracker, open_trackers
 from burnish.model.decoder import Decoder
@@ -114,7 +114,7 @@ class Run:
                 self.metrics_file.close()
         if isinstance(error, NonFinite):
             raise ValueError(self._report_non_finite(error)) from None
-        if error is not None and (isinstance(error, NoRoom) or ran_out(error)):
+        if error is not None and (isinstance(error, NoRoom | Halfway) or ran_out(error)):
             held = holdings(self.model, self.parameters, self._optimizer_tensors())
             raise MemoryError(out_of_memory(error, self.step + 1, self.config, self.mesh, held)) from None
 
@@ -334,9 +334,12 @@ class Run:
         path = self.folder / "non_finite.json"
         rows = sorted({row for rank in self.mesh.collect(error.rows) for row in rank})
         self.write_json(path.name, {"step": error.step + 1, "quantity": error.quantity, "rows": rows})
+        what = "No weight was changed by that step"
+        if error.changed:
+            what = f"Weights with finite gradients were changed: {checkpoints.what_stays(self._checkpoint_folder)}"
         return (
             f"the {error.quantity} of step {error.step + 1} is not finite; the data rows of that step are in {path}. "
-            "Look at them with `burnish data preview`, or lower optim.lr. No weight was changed by that step"
+            f"Look at them with `burnish data preview`, or lower optim.lr. {what}"
         )
 
     def _tell_shortage(self, shortage: Shortage) -> None:

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from burnish.engine.memory import in_use
 from burnish.engine.mesh import Mesh
-from burnish.engine.room import NoRoom, Shortage
+from burnish.engine.room import Halfway, NoRoom, Shortage
 from burnish.settings import TrainingSettings
 
 
@@ -57,6 +57,8 @@ def out_of_memory(
     if isinstance(error, NoRoom):
         settings = needing_less(config, mesh.world, error.tokens if error.num_sequences == 1 else longest)
         begin = f"out of memory at step {step}: {error.what} does not fit, and no weight was changed by that step"
+    elif isinstance(error, Halfway):
+        begin = f"out of memory at step {step}, when some weights had been changed already: it cannot be taken again"
     else:
         settings.insert(0, f"run.microbatch_tokens={max(budget // 2, longest)}" if budget > longest else _LESS)
         begin = f"out of memory at step {step} with {_gib(in_use(mesh.device))} in use on {mesh.device}"

@@ -24,6 +24,7 @@ from burnish.model.families import DecoderConfig
 from burnish.model.fused_pass import FusedPass, Parts, Trunk, joints_of
 from burnish.model.graphed import Graphs, Recorder
 from burnish.model.joint import Joint, lay_side_by_side
+from burnish.model.layer_gradients import Taking, is_trained
 from burnish.model.shelf import HostMemory, Plan, Shelf
 
 
@@ -38,6 +39,7 @@ class FusedBlocks:
         self._own = _own_parameters(self.trunk)
         self._factors: dict[str, Factors] = {}
         self.graphs: Graphs | None = None
+        self.taking = Taking()
 
     def takes(self, adapter: str | None, training: bool) -> bool:
         """Whether the model with this adapter is one that can be run by hand: LoRA without dropout, or none."""
@@ -63,6 +65,8 @@ class FusedBlocks:
         if not goes_back:
             return run.forward(x_TD)[:num_tokens]
         run.shelf = Shelf(plan, self.host)
+        self.taking.passes += 1
+        run.gradients.taking = self.taking if plan.tile is None else None  # a tile gives a part of a gradient
         return cast(Tensor, _Blocks.apply(run, x_TD, *parameters))[:num_tokens]
 
     def prepare(self, adapter: str | None, dtype: torch.dtype) -> Factors | None:
@@ -80,6 +84,12 @@ class FusedBlocks:
                 held = self._factors[adapter] = Factors(self._joints, present, adapter, dtype)
             held.refresh()
         return held
+
+    def trained_matrices(self) -> list[list[nn.Parameter]]:
+        """The weights of each layer whose gradients can be taken as they appear; nothing where they are frozen."""
+        return [
+            [weight for weight in joint.weights if weight is not None] for joint in self._joints if is_trained(joint)
+        ]
 
     def hold_decoded(self, num_blocks: int) -> None:
         """Keep the weights of the first so many blocks as they are multiplied with; they must be frozen."""

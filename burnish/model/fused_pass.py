@@ -157,7 +157,7 @@ class FusedPass:
             gradient = self._mlp_backward(held, gradient)
             self.shelf.prefetch(number - 1, MLP_NAMES)  # by now the memory of gate and up is free
             gradient = self._attention_backward(held, gradient)
-        self.gradients.scale_B()
+        self.gradients.finish()
         return gradient.dx if self.wants_x else None
 
     def _mlp_backward(self, held: "_Held", above: NormGradient) -> NormGradient:

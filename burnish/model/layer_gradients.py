@@ -1,5 +1,8 @@
 """The gradients of what a joint layer owns: its factors, its weights where they train, and its biases."""
 
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
@@ -45,12 +48,41 @@ class Low(NamedTuple):
     """The gradient of its output, times B."""
 
 
+@dataclass
+class Taking:
+    """Whether gradients of matrices are taken as soon as they are complete, so that they never exist together."""
+
+    wanted: bool = False
+    """Whether memory demands it."""
+    passes: int = 0
+    """Passes with gradients that there were: gradients are complete where a micro-batch makes one, in its turn."""
+    take: Callable[[nn.Parameter], None] | None = None
+    """Takes `.grad`, whose memory is free then, and may change the weight, which the pass needs no more."""
+    noted: Callable[[Tensor], None] | None = None
+    """Sees each gradient before it is taken."""
+
+    @contextmanager
+    def by(self, take: Callable[[nn.Parameter], None] | None) -> Generator[None]:
+        """Backward passes in the `with` block have their gradients taken; None: they go to `.grad`."""
+        self.take = take
+        try:
+            yield
+        finally:
+            self.take = None
+
+
 class LayerGradients:
-    """The gradients of parameters, by their ids. What comes for one parameter twice, tile after tile, is added up."""
+    """The gradients of parameters, by their ids. What comes for one parameter twice, tile after tile, is added up.
+
+    Those of matrices that are taken are handed over when the next layer's are made: the pass has multiplied with the
+    weight by then.
+    """
 
     def __init__(self, factors: Factors | None) -> None:
         self._factors = factors
         self.found: dict[int, Tensor] = {}
+        self.taking: Taking | None = None
+        self._complete: list[nn.Parameter] = []
 
     def put(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """A gradient of this parameter."""
@@ -59,6 +91,7 @@ class LayerGradients:
 
     def collect(self, joint: Joint, pair: Pair | None, dy: Tensor, read: Read, low: Low | None) -> None:
         """The gradients of a joint layer's own parameters, from that of its output."""
+        self._hand_over()
         if is_trained(joint):
             weights = cast(list[nn.Parameter], joint.weights)
             dW = _product(dy.T, read.normed(), weights[0].dtype)
@@ -82,8 +115,9 @@ class LayerGradients:
                 self.put(lora.A, rows_A[: lora.rank].to(lora.A.dtype))
                 self.put(lora.B, rows_B[:, : lora.rank].to(lora.B.dtype))
 
-    def scale_B(self) -> None:
-        """Multiply the gradients of B with s, when all are there: passes know only s · B."""
+    def finish(self) -> None:
+        """When all are there, multiply the gradients of B with s: passes know only s · B."""
+        self._hand_over()
         if self._factors is None:
             return
         B = self._factors.parameters[1::2]
@@ -94,10 +128,22 @@ class LayerGradients:
 
     def _give(self, weight: nn.Parameter, gradient: Tensor) -> None:
         """A large gradient: what later micro-batches add goes to `.grad` at once, so that no second copy waits."""
-        if weight.grad is None:
+        if weight.grad is not None:
+            weight.grad.add_(gradient)
+        elif self.taking is None or self.taking.take is None:
             self.put(weight, gradient)
         else:
-            weight.grad.add_(gradient)
+            weight.grad = gradient
+            self._complete.append(weight)
+            if self.taking.noted is not None:
+                self.taking.noted(gradient)
+
+    def _hand_over(self) -> None:
+        for weight in self._complete:
+            assert self.taking is not None
+            assert self.taking.take is not None
+            self.taking.take(weight)
+        self._complete.clear()
 
 
 def is_trained(joint: Joint) -> bool:

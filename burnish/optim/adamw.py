@@ -227,6 +227,17 @@ class AdamW(torch.optim.Optimizer):
         self._update(works, self._scale_if(healthy))
         parameter.grad = self._launches = None
 
+    @torch.no_grad()
+    def take_one(self, parameter: nn.Parameter, healthy: Tensor) -> None:
+        """Measure a complete gradient, and take its step if it is finite and `healthy` is set; it goes in any case."""
+        self.measure_one(parameter)
+        healthy = healthy & self._squares[parameter].sum(dtype=torch.float64).isfinite()
+        if self.steps_unseen:
+            self.step_one(parameter, healthy)
+        elif healthy:
+            self.step_one(parameter)
+        parameter.grad = None
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and with them what `clip` prepared."""
         self._scale = self._launches = None

@@ -87,10 +87,10 @@ def test_a_device_that_is_too_small_is_not_told_to_write_an_amount(
 def test_on_a_cpu_auto_keeps_everything_and_amounts_are_refused_only_below_the_weights() -> None:
     sizes = sizes_of(NARROW, work(256, 64, itemsize=4, storage="full", device="cpu"))
     held = Held(now=10**6, to_come=2 * 10**6)
-    assert plan_for(sizes, 4, "auto", held, CPU) == Arranged(keep_everything(4), 0)
-    assert plan_for(sizes, 4, "least", held, CPU) == Arranged(keep_inputs(4), 0)
-    assert plan_for(sizes, 4, "1GB", held, CPU) == Arranged(keep_everything(4), 0)
-    assert plan_for(sizes, 4, "3.1MB", held, CPU) == Arranged(keep_inputs(4), 0)
+    assert plan_for(sizes, 4, "auto", held, CPU)[:3] == (keep_everything(4), 0, False)
+    assert plan_for(sizes, 4, "least", held, CPU)[:3] == (keep_inputs(4), 0, False)
+    assert plan_for(sizes, 4, "1GB", held, CPU)[:3] == (keep_everything(4), 0, False)
+    assert plan_for(sizes, 4, "3.1MB", held, CPU)[:3] == (keep_inputs(4), 0, False)
     middle = plan_for(sizes, 4, "6MB", held, CPU).plan
     assert recomputed(middle, 4)
     assert middle != keep_inputs(4)
@@ -126,6 +126,22 @@ def test_with_room_for_all_no_state_leaves_and_at_the_least_all_do(monkeypatch: 
     limited = arrange(sizes, 32, 74 * GB, GB // 4, GB // 2, fill=False)
     assert limited is not None
     assert limited.away == GB // 4  # as much as the host has room for
+
+
+def test_gradients_are_taken_as_they_appear_where_that_costs_less_or_nothing_else_fits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A 7B in bf16, its states on the host: 13.5 GB of weights, as many of gradients."""
+    held = Held(now=13 * GB, to_come=14 * GB, passing=13 * GB)
+    assert not arranged(monkeypatch, "auto", 74 * GB, held, storage="full16").taken
+    assert arranged(monkeypatch, "least", 74 * GB, held, storage="full16").taken
+    freely = arranged(monkeypatch, "36GB", 74 * GB, held, storage="full16")
+    assert freely.taken  # room for activations, and nothing is computed twice for it
+    twice = held._replace(twice=True)
+    assert not arranged(monkeypatch, "36GB", 74 * GB, twice, storage="full16").taken
+    assert arranged(monkeypatch, "24GB", 74 * GB, twice, storage="full16").taken
+    with pytest.raises(ValueError, match=r"optimizer 1\.0GB, gradients of one layer at a time, activations at least"):
+        arranged(monkeypatch, "14GB", 74 * GB, twice, storage="full16")
 
 
 def test_states_leave_before_a_run_is_refused_and_the_message_counts_without_them(
