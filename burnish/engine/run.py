@@ -23,10 +23,10 @@ from burnish.engine.learner import Learner, NonFinite
 from burnish.engine.memory import Explained, Peak, explained_peak, in_use, measured_peak
 from burnish.engine.mesh import laid_like
 from burnish.engine.room import Halfway, NoRoom, Shortage, ran_out
-from burnish.engine.shortage import holdings, out_of_memory, told
+from burnish.engine.shortage import holdings, out_of_memory, told, told_taking
 from burnish.engine.trackers import Tracker, open_trackers
 from burnish.model.decoder import Decoder
-from burnish.optim.adamw import optimizer_tensors, restore_optimizer
+from burnish.optim.adamw import optimizer_tensors, restore_optimizer, state_bytes
 from burnish.settings import TrainingSettings
 
 
@@ -80,6 +80,7 @@ class Run:
         self._measured_step = min(2, total_steps)
         self._step_began = time.perf_counter()
         self._measuring = ExitStack()
+        self._told_taking = False
         for learner in learners:
             learner.room.told = self._tell_shortage
 
@@ -115,7 +116,7 @@ class Run:
         if isinstance(error, NonFinite):
             raise ValueError(self._report_non_finite(error)) from None
         if error is not None and (isinstance(error, NoRoom | Halfway) or ran_out(error)):
-            held = holdings(self.model, self.parameters, self._optimizer_tensors())
+            held = holdings(self.model, self.parameters, sum(state_bytes(own.optimizer) for own in self.learners))
             raise MemoryError(out_of_memory(error, self.step + 1, self.config, self.mesh, held)) from None
 
     def steps(self) -> Iterator[int]:
@@ -148,6 +149,7 @@ class Run:
         """Record the metrics of the step under way, as the learner gave them; what follows is not part of the step."""
         took = time.perf_counter() - self._step_began
         self._measuring.close()
+        self._tell_taking()
         self.seconds += took
         self.num_tokens += metrics["tokens"]
         if (self.step + 1) % self.save.log_every == 0 or self.step in (0, self.total_steps - 1):
@@ -341,6 +343,13 @@ class Run:
             f"the {error.quantity} of step {error.step + 1} is not finite; the data rows of that step are in {path}. "
             f"Look at them with `burnish data preview`, or lower optim.lr. {what}"
         )
+
+    def _tell_taking(self) -> None:
+        """Say once that steps do not go the ordinary way."""
+        taken = [own for own in self.learners if own.taking is not None and own.taking.wanted]
+        if taken and not self._told_taking and self.mesh.is_main:
+            self.bar.write(told_taking(any(own.clip > 0 for own in taken)))
+        self._told_taking |= bool(taken)
 
     def _tell_shortage(self, shortage: Shortage) -> None:
         if self.mesh.is_main:

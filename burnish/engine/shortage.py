@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from burnish.engine.memory import in_use
 from burnish.engine.mesh import Mesh
 from burnish.engine.room import Halfway, NoRoom, Shortage
+from burnish.model.decoder import Decoder
 from burnish.settings import TrainingSettings
 
 
@@ -22,14 +23,25 @@ def told(step: int, shortage: Shortage) -> str:
     )
 
 
-def holdings(model: nn.Module, trained: Mapping[str, nn.Parameter], states: Mapping[str, Tensor]) -> dict[str, int]:
-    """The bytes that wait on this rank from step to step, by what they are."""
+def told_taking(clips: bool) -> str:
+    """A line about steps whose gradients are taken as they appear."""
+    line = "memory: each weight of the blocks is updated as soon as its gradient is there"
+    if clips:
+        return f"{line}; for the norm of all gradients each step is computed twice (optim.clip=0 needs none)"
+    return f"{line}; where one turns out not to be finite, others have changed by then"
+
+
+def holdings(model: nn.Module, trained: Mapping[str, nn.Parameter], states: int) -> dict[str, int]:
+    """The bytes that wait on this rank from step to step, by what they are; `states` are those of the optimizer."""
     ids = {id(parameter) for parameter in trained.values()}
     others = [part for part in (*model.parameters(), *model.buffers()) if id(part) not in ids]
     kind = "adapters" if any(".adapters." in name for name in trained) else "weights"
     found = {"weights": _bytes(others), "adapters": 0}
     found[kind] += _bytes(trained.values())
-    found |= {"gradients": _bytes(trained.values()), "optimizer states": _bytes(states.values())}
+    found |= {"gradients": _bytes(trained.values()), "optimizer states": states}
+    if isinstance(model, Decoder) and model.fused is not None and model.fused.taking.wanted:
+        layers = [_bytes(weights) for weights in model.fused.trained_matrices()]
+        found["gradients"] -= sum(layers) - max(layers)  # one layer's at a time
     return {name: size for name, size in found.items() if size}
 
 

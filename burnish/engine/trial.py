@@ -78,6 +78,10 @@ class Cost(NamedTuple):
     """Whether the embedding lies on the host."""
     graphs: bool
     """Whether CUDA graphs may have been replayed, whose memory counts as reserved alone."""
+    taken: bool
+    """Whether gradients of matrices were taken as they appeared."""
+    twice: bool
+    """Whether each step was computed twice for that, first for the norm of all gradients."""
     limit: int | None
     """To how many tokens micro-batches were divided, because memory did not suffice."""
 
@@ -109,6 +113,7 @@ def try_out(start: Start, settings: TrainingSettings, trial: Trial, mesh: Mesh) 
         step()
     fused = decoder.fused if decoder.takes(adapter) else None
     more = max(0, highest - peak.bytes)
+    taken = fused is not None and fused.taking.wanted
     classes = peak.classes | {"workspace": peak.classes["workspace"] + more}
     return Cost(
         opened=opened,
@@ -125,6 +130,8 @@ def try_out(start: Start, settings: TrainingSettings, trial: Trial, mesh: Mesh) 
         states_away=learner.optimizer.away() if isinstance(learner.optimizer, AdamW) else 0,
         embedding_away=decoder.model.embed_tokens.weight.device.type != decoder.device.type,
         graphs=fused is not None and fused.graphs is not None,
+        taken=taken,
+        twice=taken and learner.clip > 0,
         limit=learner.room.limit,
     )
 

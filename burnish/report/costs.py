@@ -61,6 +61,8 @@ def values(row: Row) -> dict[str, Any]:
         "states_on_host_bytes": cost.states_away,
         "embedding_on_host": cost.embedding_away,
         "plan": names | {"decoded": plan.dense_blocks, "tile": plan.tile} if plan else {"again": cost.again},
+        "gradients_taken": cost.taken,
+        "computed_twice": cost.twice,
         "microbatch_limit": cost.limit,
     }
 
@@ -102,6 +104,9 @@ def _conditions(row: Row) -> str:
         parts.append(f"states on the host ({size(cost.states_away)})")
     if cost.embedding_away:
         parts.append("the embedding on the host")
+    if cost.taken:
+        twice = ", each step computed twice for their norm (optim.clip=0 needs none)" if cost.twice else ""
+        parts.append(f"gradients of one layer at a time{twice}")
     if cost.graphs:
         parts.append("CUDA graphs, whose memory is in what is reserved alone")
     if cost.limit is not None:

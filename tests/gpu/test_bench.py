@@ -157,9 +157,9 @@ def test_a_model_of_billions_is_made_on_the_device_in_seconds(capsys: pytest.Cap
 
 
 def test_what_does_not_fit_under_a_cap_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["model.shape=qwen-2.5-0.5b", "compare=full,qlora", "cap=4GB", "length=1024", "run.steps=2"]
+    words = ["model.shape=qwen-2.5-0.5b", "compare=full,qlora", "cap=2.5GB", "length=1024", "run.steps=2"]
     full, qlora = bench(capsys, *words)["rows"]
-    assert "peak_bytes" not in full  # 16 bytes for each of 494 million weights
+    assert "peak_bytes" not in full  # 494 million weights of 4 bytes, though all else can be elsewhere
     assert full["problem"]
-    assert qlora["reserved_bytes"] <= 4e9
-    assert qlora["settings"]["run.memory"] == "3800MB"
+    assert qlora["reserved_bytes"] <= 2.5e9
+    assert qlora["settings"]["run.memory"] == "2375MB"

@@ -114,6 +114,35 @@ def test_addresses_that_are_not_multiples_of_16(monkeypatch: pytest.MonkeyPatch)
     assert all(torch.equal(a, b) for a, b in zip(weights(straight), weights(skewed), strict=True))
 
 
+@kinds
+def test_one_that_is_measured_and_taken_at_once_is_left_alone_unless_it_is_finite(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, eight: bool
+) -> None:
+    """The others are taken, with the bits of the whole step, and the norm of all is known afterwards."""
+    monkeypatch.setattr(module, "takes_kernel", lambda tensor: True)
+    yes, no = torch.tensor(True), torch.tensor(False)
+    whole, single, before = (made(dtype, eight) for _ in range(3))
+    for optimizer in (whole, single):
+        give_gradients(optimizer, 0)
+    norm = whole.clip(0)
+    whole.step()
+    for p in reversed(weights(single)):
+        single.take_one(p, yes)
+        assert p.grad is None
+    assert torch.equal(single.clip(0), norm)
+    assert_equal((tensors(whole), tensors(single)))
+    for spoilt, healthy in ((0, yes), (None, no)):
+        one = made(dtype, eight)
+        give_gradients(one, 0)
+        for number, p in enumerate(weights(one)):
+            if number == spoilt:
+                p.grad.view(-1)[-1] = torch.inf
+            one.take_one(p, healthy)
+            fresh = weights(before)[number]
+            assert torch.equal(p, fresh if number == spoilt or not healthy else weights(whole)[number])
+        assert bool(one.clip(0).isfinite()) == (spoilt is None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_is_exact_and_clips_in_the_step(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(module, "takes_kernel", lambda tensor: True)

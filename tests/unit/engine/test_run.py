@@ -15,7 +15,7 @@ from burnish.data.prepare import prepare
 from burnish.data.stream import Stream
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
-from burnish.engine.learner import Learner
+from burnish.engine.learner import Learner, NonFinite
 from burnish.engine.preflight import check_run_folder
 from burnish.evaluate.likelihood import held_out_loss
 from burnish.model.checkpoint import load_model
@@ -125,6 +125,15 @@ def test_a_loss_that_is_not_finite_stops_with_the_rows_of_the_step(words, tmp_pa
     record = json.loads((tmp_path / "run" / "non_finite.json").read_text())
     assert record["step"] == 1
     assert record["rows"] == rows_of_the_first_step(tmp_path)
+
+
+def test_what_is_found_not_finite_too_late_says_where_to_go_on(words, tmp_path, monkeypatch, capsys):
+    failing(monkeypatch, at_step=3, error=NonFinite(2, "grad_norm", [1], changed=True))
+    assert main([*words, "save.every=2"]) == 1
+    said = capsys.readouterr().err
+    assert "Weights with finite gradients were changed: the last good checkpoint is " in said
+    assert "step-00000002" in said
+    assert "No weight was changed" not in said
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint_and_says_so(words, tmp_path, monkeypatch, capsys):

@@ -14,10 +14,10 @@ from burnish.config import build
 from burnish.data.dividing import within
 from burnish.engine.learner import Learner
 from burnish.engine.mesh import Mesh
-from burnish.engine.room import NoRoom
-from burnish.engine.shortage import holdings, needing_less, out_of_memory
+from burnish.engine.room import Halfway, NoRoom
+from burnish.engine.shortage import holdings, needing_less, out_of_memory, told_taking
 from burnish.model.decoder import Decoder
-from burnish.optim.adamw import adamw
+from burnish.optim.adamw import adamw, state_bytes
 from burnish.recipes.grpo import Config as Grpo
 from burnish.settings import TrainingSettings
 from tests.letters import assert_close, letters_world, train
@@ -177,6 +177,9 @@ def test_elsewhere_it_names_the_micro_batch_first_and_on_ranks_why():
     assert "run.microbatch_tokens=2048" in several
     short = build(TrainingSettings, {"run": {"microbatch_tokens": 2048}, "data": {"max_length": 2048}})
     assert "a smaller run.microbatch_tokens and data.max_length" in out_of_memory(error, 7, short, places[0], held)
+    half = out_of_memory(Halfway(), 7, config, places[0], held)
+    assert "at step 7, when some weights had been changed already: it cannot be taken again. What stays" in half
+    assert "run.microbatch_tokens" not in half
     batch = tiny_batch([700])
     assert "one sequence, 700 tokens, does not fit" in out_of_memory(NoRoom(batch), 7, config, places[0], held)
 
@@ -188,11 +191,12 @@ def test_holdings_are_the_bytes_of_what_there_is():
     optimizer = adamw(trained, 0.1, (0.9, 0.999), 1e-8, 0.0)
     model["own"].weight.grad = torch.ones(2, 4)
     optimizer.step()
-    states = {name: state for name, state in optimizer.state[model["own"].weight].items() if name != "step"}
-    found = holdings(model, trained, states)
-    assert found == {"weights": 4 * 32 + 12, "adapters": 32, "gradients": 32, "optimizer states": 64}
+    found = holdings(model, trained, state_bytes(optimizer))
+    assert found == {"weights": 4 * 32 + 12, "adapters": 32, "gradients": 32, "optimizer states": 64 + 4}
+    assert "computed twice (optim.clip=0 needs none)" in told_taking(True)
+    assert "others have changed by then" in told_taking(False)
     everything = dict(model.named_parameters())
-    assert holdings(model, everything, {}) == {"weights": 4 * 40 + 12, "gradients": 160}
+    assert holdings(model, everything, 0) == {"weights": 4 * 40 + 12, "gradients": 160}
 
 
 def test_evaluation_divides_what_it_has_no_room_for(words, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from burnish.engine.memory import explained_peak
 from burnish.engine.mesh import Mesh
 from burnish.engine.planner import Planner
 from burnish.engine.room import Halfway, NoRoom
+from burnish.engine.shortage import holdings
 from burnish.engine.start import Start
 from burnish.losses.likelihood import cross_entropy
 from burnish.model.decoder import Decoder
@@ -217,6 +218,18 @@ def test_the_peak_holds_gradients_of_a_layer_and_of_what_the_blocks_are_not(tmp_
         assert sum(peak.classes.values()) == peak.bytes
         found.append(peak.bytes)
     assert found[1] < found[0]
+
+
+def test_what_holds_memory_from_step_to_step_has_gradients_of_one_layer(tmp_path: Path) -> None:
+    found: list[int] = []
+    for wanted in (False, True):
+        run = Opened(tmp_path, 0.3, wanted)
+        held = holdings(run.decoder, run.learner.parameters, 12)
+        assert held["optimizer states"] == 12
+        found.append(held["gradients"])
+    matrices = [p.nbytes for p in run.matrices()]
+    assert 0 < found[0] - found[1] < sum(matrices)
+    assert found[1] > found[0] - sum(matrices) + max(matrices)  # gate and up are one layer here
 
 
 def test_a_plan_wants_it_only_for_steps_of_one_micro_batch(tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ def cost(**given: Any) -> Cost:
         "states_away": 0,
         "embedding_away": False,
         "graphs": False,
+        "taken": False,
+        "twice": False,
         "limit": None,
     }
     return Cost(**known | given)
@@ -86,6 +88,8 @@ TIGHT = Plan(
         ({"plan": None, "again": True}, "computes every block again; model.storage=nf4"),
         ({"states_away": GIB, "embedding_away": True}, "states on the host (1.00 GiB); the embedding on the host;"),
         ({"graphs": True}, "CUDA graphs, whose memory is in what is reserved alone"),
+        ({"taken": True}, "keeps everything; gradients of one layer at a time; model.storage"),
+        ({"taken": True, "twice": True}, "each step computed twice for their norm (optim.clip=0 needs none)"),
         ({"limit": 1024}, "micro-batches divided to 1,024 tokens, since memory did not suffice"),
     ],
 )
