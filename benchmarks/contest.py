@@ -43,7 +43,8 @@ def contest(
     workers: dict[str, Worker] = {}
     try:
         if together:
-            workers = {name: open_worker(name) for name in names}
+            for name in names:
+                workers[name] = open_worker(name)
             for name in names:
                 _greet(name, workers, entries, clock)
         longest = 0.0
@@ -172,12 +173,14 @@ def peer_environment(peers: Path, places: Sequence[str]) -> dict[str, str]:
 def model_folders(shape: str, folder: Path) -> Generator[None]:
     """The folders of `checkpoints.py` for the `with` block: those that are there already, or made by a process.
 
-    What was made is removed after it. Raises Failed when it cannot be made.
+    What was made is removed after it. Raises Failed when it cannot be made, or something else is there.
     """
     named = folder / "shape"
     if named.is_file() and named.read_text() == shape:
         yield
         return
+    if folder.exists() and any(folder.iterdir()) and not named.is_file():
+        raise Failed(f"{folder} holds something else: write scratch= of a folder that may be written to")
     command = [sys.executable, "-m", "benchmarks.checkpoints", shape, str(folder)]
     try:
         done = subprocess.run(

@@ -20,12 +20,11 @@ def held_out_loss(
 
     Batches that memory does not suffice for are divided.
     """
-    device = next(model.parameters()).device
     loss, correct, total = 0.0, 0.0, 0.0
     training = model.training
     model.eval()
     packs = pack([len(s.ids) for s in sequences], microbatch_tokens)
-    batches = (collate([sequences[i] for i in members]).to(device) for members in packs)
+    batches = (collate([sequences[i] for i in members]).to(model.device) for members in packs)
     for batch, scores in Room().each(batches, lambda batch: model.score(batch, adapter)):
         summed, metrics = cross_entropy(scores.log_probs.double(), batch.weights.double(), scores.correct)
         loss, correct = loss + summed.item(), correct + metrics["mean_token_accuracy"].item()

@@ -56,7 +56,7 @@ class FusedBlocks:
         goes_back = torch.is_grad_enabled() and (x_TD.requires_grad or len(parameters) > 0)
         num_tokens = len(x_TD)
         if self.graphs is not None and plan.tile is None:
-            about = (factors, parameters, plan if goes_back else None)
+            about = (factors, parameters, plan, goes_back)
             hidden_TD = self.graphs(x_TD, given, *about)
             if hidden_TD is not None:
                 return hidden_TD

@@ -41,6 +41,8 @@ MAX_RECORDINGS = 8
 """Kept at a time; the one not used for longest makes room."""
 MAX_ATTEMPTS = 32
 """Recordings made before no more are: each takes the time of three or four passes, and batches may go on to differ."""
+WORTH = 8
+"""Replays that a recording must have served, on average, for more to be made after a release."""
 LANES = 2
 """Passes between their halves at the same time, as the policy and the value model of PPO are."""
 HOST_SECONDS = 3.4e-3
@@ -90,11 +92,13 @@ class Graphs:
 
     def __init__(self, trunk: Trunk, host: HostMemory, recorder: Recorder) -> None:
         self._trunk, self._host, self._recorder = trunk, host, recorder
-        self._attempts = MAX_ATTEMPTS
+        self._attempts, self._replays = MAX_ATTEMPTS, 0
         self.release()
 
     def release(self) -> None:
-        """Give back all memory, and begin anew."""
+        """Give back all memory, and begin anew: with all attempts again, if those so far were worth their time."""
+        if self._replays >= WORTH * (MAX_ATTEMPTS - self._attempts):
+            self._attempts, self._replays = MAX_ATTEMPTS, 0
         self._recordings: dict[Key, Recording] = {}
         self._gradients: dict[Factors, Gradients] = {}
         self._lanes = [Lane(self._recorder.new_pool()) for _ in range(LANES)]
@@ -113,18 +117,20 @@ class Graphs:
         given: Pass,
         factors: Factors | None,
         parameters: Sequence[nn.Parameter],
-        plan: Plan | None,
+        plan: Plan,
+        goes_back: bool,
     ) -> Float[Tensor, "T D"] | None:
-        """The hidden states, differentiable where there is a plan; None where the pass must run as it is.
+        """The hidden states, differentiable where the pass `goes_back`; None where it must run as it is.
 
-        `parameters` are those that get a gradient.
+        `parameters` are those that train.
         """
         if not self._takes(x_TD, given, factors, parameters, plan):
             return None
-        recording = self._recording(self._key(x_TD, given, factors, plan), x_TD, given)
+        recording = self._recording(self._key(x_TD, given, factors, plan if goes_back else None), x_TD, given)
         if recording is None or recording.lane.busy:
             return None
-        if plan is None:
+        self._replays += 1
+        if not goes_back:
             with torch.no_grad():
                 return recording.forward(x_TD, given)
         return cast(Tensor, _Replayed.apply(recording, given, x_TD, *parameters))
@@ -135,7 +141,8 @@ class Graphs:
         given: Pass,
         factors: Factors | None,
         parameters: Sequence[nn.Parameter],
-        plan: Plan | None,
+        plan: Plan,
+        goes_back: bool,
     ) -> tuple[Float[Tensor, "P D"], Pass]:
         """A pass that is not recorded, with the rows that its recording has or would have.
 
@@ -144,19 +151,19 @@ class Graphs:
         """
         if not self._takes(x_TD, given, factors, parameters, plan):
             return x_TD, given
-        key = self._key(x_TD, given, factors, plan)
+        key = self._key(x_TD, given, factors, plan if goes_back else None)
         return F.pad(x_TD, (0, 0, 0, key.tokens - len(x_TD))), _padded(given, key)
 
     def _takes(
-        self, x: Tensor, given: Pass, factors: Factors | None, parameters: Sequence[nn.Parameter], plan: Plan | None
+        self, x: Tensor, given: Pass, factors: Factors | None, parameters: Sequence[nn.Parameter], plan: Plan
     ) -> bool:
+        """The same with gradients and without: a reference is padded as the policy is."""
         layout = given.layout
         assert layout is not None
-        if layout.rows is not None:
+        if layout.rows is not None or any(plan.host):  # copies to the host wait for events, which are made anew
             return False
-        # Gradients of base weights would be there twice. Copies to the host wait for events, which are made anew.
-        if plan is not None and (any(plan.host) or not _are(parameters, factors)):
-            return False
+        if not _are(parameters, factors) and (len(parameters) > 0 or x.requires_grad):
+            return False  # gradients of base weights would be there twice
         return len(x) > 0 and host_bound(self._trunk.config, len(x), layout.longest, self._trunk.fp8)
 
     def _key(self, x: Tensor, given: Pass, factors: Factors | None, plan: Plan | None) -> Key:
@@ -253,6 +260,11 @@ class Recording:
         self._replays: list[Callable[[], None]] = []
         self._fill(x, given)
 
+    @property
+    def generation(self) -> int:
+        """That of the factors: how often they have changed."""
+        return 0 if self.key.factors is None else self.key.factors.generation
+
     def record(self, recorder: Recorder) -> None:
         """Have both halves recorded; they have run before."""
         halves = (self.run_forward, self.run_backward)[: 1 if self.key.plan is None else 2]
@@ -299,7 +311,7 @@ class Recording:
 class _Replayed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recording: Recording, given: Pass, x: Tensor, *parameters: nn.Parameter) -> Tensor:
-        ctx.recording, ctx.flight = recording, recording.lane.take()
+        ctx.recording, ctx.flight, ctx.generation = recording, recording.lane.take(), recording.generation
         return recording.forward(x, given)
 
     @staticmethod
@@ -309,6 +321,8 @@ class _Replayed(torch.autograd.Function):
         if flight.landed:
             raise RuntimeError("a second backward pass: what the first one needed is not kept")
         recording: Recording = ctx.recording
+        if recording.generation != ctx.generation:
+            raise RuntimeError("the adapter has changed between a forward pass and its backward pass")
         dx, gradients = recording.backward(grads[0])
         flight.landed = True
         return None, None, dx, *gradients

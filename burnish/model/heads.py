@@ -32,7 +32,7 @@ def add_head(model: nn.Module, name: str, width: int, generator: torch.Generator
         raise ValueError(f"the model already has a head '{name}'")
     head = ScalarHead(width)
     head.weight.data.normal_(0.0, (width + 1) ** -0.5, generator=generator)
-    heads[name] = head.to(next(model.parameters()).device)
+    heads[name] = head.to(model.get_parameter("model.norm.weight").device)
     return head
 
 

@@ -18,7 +18,7 @@ from burnish.model.graphed import Graphs, host_bound
 from burnish.model.shelf import NAMES, Plan, keep_everything, keep_inputs
 from burnish.ops import attention
 from burnish.types import Batch
-from tests.tiny import Groups, randomize, tiny_batch, tiny_folder, tiny_shared_batch
+from tests.tiny import Groups, tiny_batch, tiny_folder, tiny_shared_batch
 
 SHAPE = {"num_attention_heads": 2, "num_key_value_heads": 1}
 WHOLE = (11, 4, 10, 7)  # 32 tokens, which need no padding
@@ -102,7 +102,6 @@ def model(tmp_path: Path) -> Decoder:
 def made(path: Path, storage: str = "nf4", architecture: str = "Qwen2ForCausalLM") -> Decoder:
     window = {"sliding_window": 6} if architecture == "MistralForCausalLM" else {}
     model = load_model(tiny_folder(path / "model", architecture, **SHAPE, **window), storage)
-    randomize(model)
     generator = torch.Generator().manual_seed(0)
     for name in () if storage == "full" else ("a", "b"):
         add_adapter(model, name, AdapterSpec(rank=3, alpha=6.0, targets="all-linear"), generator)
@@ -533,3 +532,50 @@ def test_a_batch_has_the_same_numbers_with_gradients_and_without(model: Decoder)
     with torch.no_grad():
         without = [model.hidden(batch, "a") for _ in range(3)]
     assert all(torch.equal(hidden, with_gradients[0]) for hidden in (*with_gradients, *without))
+
+
+def test_an_adapter_that_changes_between_the_halves_of_a_replay_is_refused(model: Decoder) -> None:
+    batch = tiny_batch(WHOLE)
+    use_graphs(model)
+    for _ in range(2):
+        run(model, batch)
+    hidden = model.hidden(batch, "a")
+    with torch.no_grad():
+        for parameter in adapter_parameters(model, "a").values():
+            parameter.mul_(2)
+    model.prepare("a")
+    with pytest.raises(RuntimeError, match="the adapter has changed"):
+        back(hidden)
+
+
+def test_a_model_that_does_not_train_on_recordings_is_not_padded_without_gradients_either(tmp_path: Path) -> None:
+    """The first margin of DPO must be 0: policy and reference read alike."""
+    batch = tiny_batch((9, 8))
+    for storage, adapter, plan in (("full", None, None), ("nf4", "a", hosted())):
+        model = made(tmp_path / storage, storage)
+        use_graphs(model)
+        model.plan = plan or model.plan
+        with torch.no_grad():
+            for _ in range(3):
+                read = model.hidden(batch, adapter)
+        assert torch.equal(read, run(model, batch, adapter)[0])
+        assert not recordings(model)
+
+
+def hosted() -> Plan:
+    everything = frozenset(NAMES)
+    return Plan((everything - {"x"}, everything), (frozenset({"x"}), frozenset()))
+
+
+def test_after_a_release_recordings_are_made_again_if_they_were_worth_it(
+    model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphed, "MAX_ATTEMPTS", 1)
+    recorder = use_graphs(model)
+    batch, fused = tiny_batch(WHOLE), model.fused
+    assert fused is not None
+    for times, recorded in ((graphed.WORTH + 2, 1), (2, 2), (5, 2)):
+        for _ in range(times):
+            run(model, batch)
+        assert recorder.recorded == 2 * recorded  # two halves each
+        fused.release()
