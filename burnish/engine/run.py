@@ -117,7 +117,9 @@ class Run:
             raise ValueError(self._report_non_finite(error)) from None
         if error is not None and (isinstance(error, NoRoom | Halfway) or ran_out(error)):
             held = holdings(self.model, self.parameters, sum(state_bytes(own.optimizer) for own in self.learners))
-            raise MemoryError(out_of_memory(error, self.step + 1, self.config, self.mesh, held)) from None
+            said = out_of_memory(error, self.step + 1, self.config, self.mesh, held)
+            stays = f". {checkpoints.what_stays(self._checkpoint_folder)}" if isinstance(error, Halfway) else ""
+            raise MemoryError(said + stays) from None
 
     def steps(self) -> Iterator[int]:
         """The steps still to take, counted from 0.

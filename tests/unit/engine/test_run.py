@@ -17,6 +17,7 @@ from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
 from burnish.engine.learner import Learner, NonFinite
 from burnish.engine.preflight import check_run_folder
+from burnish.engine.room import Halfway
 from burnish.evaluate.likelihood import held_out_loss
 from burnish.model.checkpoint import load_model
 from burnish.settings import DataSettings, EvaluateSettings, TrainingSettings
@@ -134,6 +135,14 @@ def test_what_is_found_not_finite_too_late_says_where_to_go_on(words, tmp_path, 
     assert "Weights with finite gradients were changed: the last good checkpoint is " in said
     assert "step-00000002" in said
     assert "No weight was changed" not in said
+
+
+def test_memory_that_ran_out_too_late_says_where_to_go_on(words, tmp_path, monkeypatch, capsys):
+    failing(monkeypatch, at_step=3, error=Halfway())
+    assert main([*words, "save.every=2"]) == 1
+    said = capsys.readouterr().err
+    assert "out of memory at step 4, when some weights had been changed already" in said
+    assert "step-00000002: make room, and go on with save.resume=true" in said
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint_and_says_so(words, tmp_path, monkeypatch, capsys):
