@@ -170,8 +170,10 @@ class Pages:
         """
         if not self.made(number):
             self._make(number)
-        here = self._here.get(number)
-        return self._buffers[self._which(number)][: self._sizes[number]] if here is None else here
+        if (here := self._here.get(number)) is not None:
+            return here
+        self._furnish_missing()
+        return self._buffers[self._which(number)][: self._sizes[number]]
 
     def contents(self, number: int) -> Tensor:
         """The page wherever it is, for the host to read and to change; waits for all copies."""
@@ -207,7 +209,10 @@ class Pages:
         return torch.cuda.current_stream(self._device) if self._inwards is not None else None
 
     def _begin(self, number: int) -> None:
-        if number not in self._away or self._inside[which := self._which(number)] == number:
+        if number not in self._away:
+            return
+        self._furnish_missing()
+        if self._inside[which := self._which(number)] == number:
             return
         # The buffer's last page has been sent for before this one: when that has left, this one may come.
         buffer = self._buffers[which][: self._sizes[number]]
@@ -228,54 +233,97 @@ class Pages:
         return next((resident for resident in counts if self._taken(resident) <= room), min(counts, key=self._taken))
 
     def _make(self, number: int) -> None:
-        """Zeros for a page. Where the device has no room for it, it and others go to the host."""
+        """Zeros for a page. Where the device has no room for it, it and others go to the host.
+
+        Raises MemoryError where the host has none either.
+        """
+        size = self._sizes[number]
         if number < self.resident:
             try:
-                self._here[number] = self._on_device(self._sizes[number]).zero_()
+                self._here[number] = self._on_device(size).zero_()
                 return
             except torch.OutOfMemoryError:
                 pass
             self._leave(min(number, self._fitting(self.held())))
-        self._away[number] = self._on_host(self._sizes[number]).zero_()
+        if number < self.resident:  # the host took less than that: what it took may suffice
+            self._here[number] = self._on_device(size).zero_()
+            return
+        if (away := self._room_on_host(size)) is None:
+            raise MemoryError(
+                f"out of memory: the host has none for {size / 2**20:.0f} MiB more of the optimizer's states, of which "
+                f"{self.away() / 2**20:,.0f} MiB are there; optim.kind=adamw8bit or adapter.kind=lora needs less"
+            )
+        self._away[number] = away.zero_()
         self._furnish()
 
     def _leave(self, resident: int) -> None:
-        """Move pages to the host until only so many are on the device."""
-        self.moves += 1
+        """Move pages to the host until only so many are on the device.
+
+        Where the host has no room for all, it takes what it has room for; none, if that freed nothing.
+        """
+        places: dict[int, Tensor] = {}
         for number in range(self.resident - 1, resident - 1, -1):
-            if (here := self._here.get(number)) is not None:
-                away = self._on_host(self._sizes[number])
-                _copy(away, here, self._outwards, self._computing())
-                _wait(self._computing(), self._outwards)
-                self._away[number] = away
-                del self._here[number], here
-            self.resident = number
+            if number in self._here:
+                if (away := self._room_on_host(self._sizes[number])) is None:
+                    resident = number + 1
+                    if self._held_with(resident) >= self.held():
+                        return
+                    break
+                places[number] = away
+        self.moves += 1
+        self.resident = resident
+        for number, away in places.items():
+            _copy(away, self._here[number], self._outwards, self._computing())
+            _wait(self._computing(), self._outwards)
+            self._away[number] = away
+            del self._here[number]
         self._furnish()
 
+    def _held_with(self, resident: int) -> int:
+        """Bytes on the device with only so many of these pages there, and buffers for the others."""
+        here = [page.nbytes for number, page in self._here.items() if number < resident]
+        leaves = bool(self._away) or len(here) < len(self._here)
+        return sum(here) + (self._largest * min(2, len(self) - resident) if leaves else 0)
+
     def _enter(self, resident: int) -> None:
-        """Bring pages back until so many are on the device."""
+        """Bring pages back until so many are on the device, or it has no room for more."""
         self.moves += 1
-        before = self.resident
+        before, places = self.resident, dict[int, Tensor]()
         if resident == len(self):
             self._buffers.clear()
-        while self.resident < resident:
-            if (away := self._away.get(self.resident)) is not None:
-                try:
+        try:
+            while self.resident < resident:
+                if (away := self._away.get(self.resident)) is not None:
                     here = self._on_device(len(away))
-                except torch.OutOfMemoryError:  # what came last makes room for the buffers
-                    self._leave(max(before, self.resident - 2))
-                    return
-                _wait(self._inwards, self._outwards)
-                _copy(here, away, self._inwards, self._computing())
-                _wait(self._computing(), self._inwards)
-                self._here[self.resident] = here
-                del self._away[self.resident]
-            self.resident += 1
-        self._furnish()
+                    _wait(self._inwards, self._outwards)
+                    _copy(here, away, self._inwards, self._computing())
+                    _wait(self._computing(), self._inwards)
+                    self._here[self.resident] = here
+                    places[self.resident] = self._away.pop(self.resident)
+                self.resident += 1
+        except torch.OutOfMemoryError:
+            pass
+        while True:
+            try:
+                self._furnish()
+                return
+            except torch.OutOfMemoryError:  # what came last makes room for the buffers
+                if self.resident == before:
+                    raise
+            self.resident -= 1
+            if self.resident in places:  # nothing has changed it since
+                self._away[self.resident] = places[self.resident]
+                del self._here[self.resident]
+
+    def _furnish_missing(self) -> None:
+        """Make buffers for which there was no memory when pages left."""
+        if len(self._inside) < min(2, len(self) - self.resident):
+            self._furnish()
 
     def _furnish(self) -> None:
         """As many buffers as there are pages on the host, two at most."""
         wanted = min(2, len(self) - self.resident) if self._away else 0
+        self._inside.clear()
         while len(self._buffers) < wanted:
             buffer = self._on_device(self._largest)
             for stream in (self._inwards, self._outwards):
@@ -289,6 +337,15 @@ class Pages:
 
     def _on_device(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+    def _room_on_host(self, size: int) -> Tensor | None:
+        """Memory of the host; None where there is no more."""
+        try:
+            return self._on_host(size)
+        except RuntimeError as error:  # pinned memory that runs out is no torch.OutOfMemoryError
+            if "out of memory" in str(error) or "can't allocate memory" in str(error):
+                return None
+            raise
 
     def _on_host(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")

@@ -111,17 +111,28 @@ class Memory:
 
 
 class Played(Pages):
+    """Of which a device and a host of so many bytes hold pages and buffers."""
+
+    device_bytes = host_bytes = 10**9
+
     def _on_device(self, size: int) -> Any:
+        if self.held() + size > self.device_bytes:
+            raise torch.OutOfMemoryError("full")
         memory = Memory(size, True)
         memory.uses.change(COMPUTING)  # by whoever had it before
         return memory
 
     def _on_host(self, size: int) -> Any:
-        return Memory(size, False)
+        given: list[weakref.ref[Memory]] = self.__dict__.setdefault("given", [])
+        if sum(page.nbytes for ref in given if (page := ref()) is not None) + size > self.host_bytes:
+            raise RuntimeError("CUDA error: out of memory")
+        page = Memory(size, False)
+        given.append(weakref.ref(page))
+        return page
 
 
 @pytest.fixture
-def pages(monkeypatch: pytest.MonkeyPatch) -> Pages:
+def pages(monkeypatch: pytest.MonkeyPatch) -> Played:
     @contextmanager
     def stream(stream: Stream) -> Generator[None]:
         _ACTIVE.append(stream)
@@ -148,9 +159,12 @@ def update(pages: Pages, number: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_copy_meets_anothers_memory(pages: Pages, seed: int) -> None:
+@pytest.mark.parametrize("scarce", [False, True])
+def test_no_copy_meets_anothers_memory(pages: Played, seed: int, scarce: bool) -> None:
     draw, expected = random.Random(seed), [0] * len(SIZES)
     for _ in range(60):
+        if scarce and all(map(pages.made, range(len(SIZES)))):  # besides what is there
+            pages.device_bytes, pages.host_bytes = pages.held() + draw.randrange(40), pages.away() + draw.randrange(40)
         match draw.randrange(6):
             case 0:
                 pages.evict(draw.randrange(60))
@@ -177,7 +191,7 @@ def test_no_copy_meets_anothers_memory(pages: Pages, seed: int) -> None:
 
 
 @pytest.mark.parametrize("never", ["updated", "fetch"])
-def test_the_play_sees_a_missing_wait(pages: Pages, never: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_play_sees_a_missing_wait(pages: Played, never: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(len(SIZES)):
         update(pages, number)
     pages.evict(40)

@@ -1,6 +1,7 @@
 """Paged AdamW: wherever its pages are, whenever they move, the bits are those of the unpaged one."""
 
 import itertools
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -285,6 +286,118 @@ def test_states_for_which_the_device_has_no_room_are_made_on_the_host(
     run(optimizer, parameters, range(1, STEPS))
     assert optimizer.away() > 0
     assert_same(tensors(optimizer, parameters), expected(dtype, eight))
+
+
+class Scarce(Small):
+    """And a host that has room for so many bytes of pages, pinned: beyond them CUDA says so in words alone."""
+
+    host = 0
+
+    def _on_host(self, size: int) -> Tensor:
+        given: list[weakref.ref[Tensor]] = self.__dict__.setdefault("given", [])
+        if sum(page.nbytes for ref in given if (page := ref()) is not None) + size > self.host:
+            raise RuntimeError("CUDA error: out of memory")
+        page = super()._on_host(size)
+        given.append(weakref.ref(page))
+        return page
+
+
+@pytest.fixture
+def scarce(monkeypatch: pytest.MonkeyPatch) -> type[Scarce]:
+    monkeypatch.setattr("burnish.optim.adamw.Pages", Scarce)
+    monkeypatch.setattr(Scarce, "capacity", 2**40)
+    monkeypatch.setattr(Scarce, "host", 2**40)
+    return Scarce
+
+
+@kinds
+@pytest.mark.parametrize("host", [0, 1, 2, 3, 5])
+def test_where_the_host_has_room_for_a_few_pages_a_few_leave(
+    scarce: type[Scarce], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, eight: bool, host: int
+) -> None:
+    parameters, page = made(dtype), PAGES[eight]
+    optimizer = optimizer_of(parameters, eight, page=page)
+    run(optimizer, parameters, range(1))
+    whole = optimizer.held()
+    monkeypatch.setattr(scarce, "host", host * page)
+    freed = optimizer.evict(10**9)
+    assert optimizer.held() == whole - freed
+    assert optimizer.away() <= host * page
+    assert (freed > 0) == (optimizer.away() > 0)  # none leaves for nothing
+    if host == 5:
+        assert freed > 0
+    run(optimizer, parameters, range(1, 2))
+    assert optimizer.held() == whole - freed
+    assert (optimizer.restore(whole) > 0) == (freed > 0)
+    assert (optimizer.held(), optimizer.away()) == (whole, 0)
+    run(optimizer, parameters, range(2, STEPS))
+    assert_same(tensors(optimizer, parameters), expected(dtype, eight))
+
+
+def test_states_that_have_no_room_anywhere_are_told_in_a_line(
+    scarce: type[Scarce], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And when there is room again, nothing is lost."""
+    parameters, page = made(torch.bfloat16), PAGES[False]
+    optimizer = optimizer_of(parameters, False)
+    monkeypatch.setattr(scarce, "capacity", 4 * page)
+    monkeypatch.setattr(scarce, "host", 4 * page)
+    with pytest.raises(MemoryError) as told:
+        run(optimizer, parameters, range(1))
+    assert str(told.value).startswith("out of memory: the host has none for 0 MiB more of the optimizer's states, of ")
+    assert "optim.kind=adamw8bit" in str(told.value)
+    assert optimizer.held() <= 4 * page
+    monkeypatch.setattr(scarce, "host", 2**40)
+    run(optimizer, parameters, range(STEPS))
+    assert_same(tensors(optimizer, parameters), expected(torch.bfloat16, False))
+
+
+def test_other_errors_of_the_host_are_not_taken_for_a_lack_of_room(
+    scarce: type[Scarce], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Pages, size: int) -> Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    parameters = made(torch.float32)
+    optimizer = optimizer_of(parameters, False)
+    run(optimizer, parameters, range(1))
+    monkeypatch.setattr(scarce, "_on_host", broken)
+    with pytest.raises(RuntimeError, match="illegal"):
+        optimizer.evict(10**9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    room=st.none() | st.integers(0, 30 * CHUNK),
+    moves=st.lists(
+        st.tuples(st.integers(0, 4 * STEPS - 1), st.booleans(), *(st.integers(0, 30 * CHUNK) | st.just(2**40),) * 3),
+        max_size=8,
+    ),
+)
+def test_whatever_runs_out_when_no_bit_changes(
+    kind: tuple[torch.dtype, bool], room: int | None, moves: list[tuple[int, bool, int, int, int]]
+) -> None:
+    """Moves for which host and device, once all states are made, have as much room as they happen to have."""
+
+    def meddle(optimizer: AdamW, point: int) -> None:
+        for when, out, size, device, host in moves:
+            if when == point and point > 3:
+                before = optimizer.held()
+                Scarce.capacity, Scarce.host = before + device, optimizer.away() + host
+                change = -optimizer.evict(size) if out else optimizer.restore(size)
+                Scarce.capacity = Scarce.host = 2**40
+                assert optimizer.held() - before == change or not out
+                assert change <= 0 or not out
+                assert optimizer.held() <= before + device
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("burnish.optim.adamw.Pages", Scarce)
+        Scarce.capacity = Scarce.host = 2**40
+        parameters = made(kind[0])
+        optimizer = optimizer_of(parameters, kind[1], room)
+        run(optimizer, parameters, range(STEPS), meddle)
+        assert_same(tensors(optimizer, parameters), expected(*kind))
 
 
 def test_room_from_the_start_is_kept_to_at_all_times(monkeypatch: pytest.MonkeyPatch) -> None:
