@@ -95,8 +95,8 @@ def takes_kernel(tensor: Tensor) -> bool:
 class AdamW(torch.optim.Optimizer):
     """AdamW with the weights, the states or the device that torch's own does not serve.
 
-    Gradients may also be taken one by one, as the backward pass completes them: `measure_one` for the norm of all, or
-    `step_one`. Both let go of them, and the bits are those of `clip` and `step`.
+    Gradients may also be taken one by one, as the backward pass completes them: by `measure_one` for the norm of all,
+    after which they may go, or by `step_one`, which lets go of them. The bits are those of `clip` and `step`.
     """
 
     def __init__(
@@ -243,6 +243,20 @@ class AdamW(torch.optim.Optimizer):
         self._scale = self._launches = None
         self._squares.clear()
         super().zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raises NotImplementedError once the optimizer is made."""
+        if "_bundles" in vars(self):
+            raise NotImplementedError("states are laid out once: make a new optimizer of all groups")
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Raises NotImplementedError: moments are not where torch looks for them."""
+        raise NotImplementedError("use burnish.optim.adamw.optimizer_tensors in place of state_dict")
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Raises NotImplementedError, as `state_dict` does."""
+        raise NotImplementedError("use burnish.optim.adamw.restore_optimizer in place of load_state_dict")
 
     def launches(self) -> list[Launch]:
         """The launches of the next step: the host's one pass over tensors that have a kernel."""

@@ -287,5 +287,17 @@ def test_states_of_another_kind_are_refused(kind: str, other: str) -> None:
         restore_optimizer(adamw(trained, LR, BETAS, EPS, DECAY, other), trained, stored)
 
 
+def test_what_torch_would_do_wrong_with_its_states_is_refused() -> None:
+    trained = parameters()
+    optimizer = ours(trained)
+    with pytest.raises(NotImplementedError, match="make a new optimizer of all groups"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trained)
+    with pytest.raises(NotImplementedError, match=r"burnish\.optim\.adamw\.optimizer_tensors"):
+        optimizer.state_dict()
+    with pytest.raises(NotImplementedError, match=r"burnish\.optim\.adamw\.restore_optimizer"):
+        optimizer.load_state_dict({"state": {}, "param_groups": []})
+
+
 def test_clipping_nothing_is_a_norm_of_0() -> None:
     assert ours(parameters()).clip(1.0) == 0
