@@ -20,7 +20,7 @@ from burnish.engine.roles import Role
 from burnish.losses.advantage import moments, on_tokens, whiten
 from burnish.losses.kl import ESTIMATORS
 from burnish.ops.sequences import sequence_sums
-from burnish.sampling.sampler import Sampler, Sampling
+from burnish.sampling.sampler import NoRoomToWrite, Sampler, Sampling
 from burnish.sampling.stops import before_stop
 from burnish.settings import RolloutSettings
 from burnish.types import Batch, Comparison, Prompt, Rollout, RolloutBatch
@@ -49,16 +49,19 @@ class Actor:
         """`samples` answers to each prompt, those to one prompt side by side.
 
         Raises ValueError when no answer of any rank ends by itself although it could: the limit is too short, or the
-        model was never taught to end.
+        model was never taught to end; MemoryError with the settings that need less.
         """
         asked = [prompt_ids(p.messages, self.tokenizer, self.template, p.tools) for p in prompts]
-        written = self.sampler.write(
-            [ids for ids in asked for _ in range(self.samples)],
-            self.sampling,
-            self.policy.adapter,
-            [_seed(self.seed, step, self._place(i), k) for i in range(len(prompts)) for k in range(self.samples)],
-            self.tokenizer.decode,
-        )
+        try:
+            written = self.sampler.write(
+                [ids for ids in asked for _ in range(self.samples)],
+                self.sampling,
+                self.policy.adapter,
+                [_seed(self.seed, step, self._place(i), k) for i in range(len(prompts)) for k in range(self.samples)],
+                self.tokenizer.decode,
+            )
+        except NoRoomToWrite as error:
+            raise MemoryError(_no_room(error, step)) from None
         rollouts = [
             Rollout(
                 prompts[i // self.samples],
@@ -205,6 +208,16 @@ def _sequence(rollout: Rollout) -> TokenSequence:
     counts = 0.0 if rollout.score is None else 1.0
     weights = (0.0,) * len(rollout.prompt_ids) + (counts,) * len(rollout.answer_ids)
     return TokenSequence((*rollout.prompt_ids, *rollout.answer_ids), weights, row=rollout.group)
+
+
+def _no_room(error: NoRoomToWrite, step: int) -> str:
+    """What ended a run while answers were written, in one line."""
+    fewer = [f"rollout.slots={error.num_slots // 2}"] if error.num_slots > 1 else []
+    less = [*fewer, f"a data.max_length below {error.tokens}, with rollout.max_tokens"]
+    return (
+        f"out of memory at step {step + 1}, while answers were written: {error.what}. Any of these needs less: "
+        f"{', '.join(less)}; with other settings it starts anew, with another run.folder"
+    )
 
 
 _IDLE = Comparison((TokenSequence((0, 0), (0.0, 0.0), row=0),))

@@ -7,18 +7,30 @@ import torch
 from torch import nn
 
 from burnish.engine.mesh import Mesh
+from burnish.engine.room import ran_out
 from burnish.model.decoder import Decoder
 from burnish.model.storage import densified, scratch_bytes
 from burnish.sampling.slots import Sampling
 from burnish.sampling.stops import Stops
 from burnish.sampling.streams import seed_of
-from burnish.sampling.writing import Asked, Means, Writing, Written
+from burnish.sampling.writing import Asked, Means, Writing, Written, slots_for
 
-__all__ = ["Sampler", "Sampling", "Written", "generate"]
-
+__all__ = ["NoRoomToWrite", "Sampler", "Sampling", "Written", "generate"]
 
 SCRATCH_MARGIN = 1.25
 """So many times the memory for weights in the model's dtype must be free for them, the cache being there already."""
+
+
+class NoRoomToWrite(MemoryError):
+    """Memory does not suffice for so many answers at once, each of so many tokens with its prompt."""
+
+    def __init__(self, num_slots: int, tokens: int) -> None:
+        self.num_slots, self.tokens = num_slots, tokens
+        self.what = f"{num_slots} answer{'s' * (num_slots > 1)} at once, of up to {tokens:,} tokens with the prompt"
+        super().__init__(
+            f"out of memory while answers were written: {self.what}; a smaller max_tokens, shorter prompts or "
+            "model.storage=nf4 needs less"
+        )
 
 
 class Sampler:
@@ -67,7 +79,7 @@ class Sampler:
         """An answer to each prompt, in their order.
 
         `decode` turns ids into text, to look for stop strings in. Raises ValueError for a prompt that is empty, or that
-        together with `max_tokens` is longer than the model's positions.
+        together with `max_tokens` is longer than the model's positions; NoRoomToWrite where memory does not suffice.
         """
         for number, prompt in enumerate(prompts):
             _check(number, len(prompt), sampling.max_tokens, self.model.config.max_positions)
@@ -86,10 +98,16 @@ class Sampler:
         assert decode is not None or not sampling.stop
         stops = Stops(sampling.stop, decode) if decode is not None and sampling.stop else None
         means = Means(self.model, adapter, self.num_slots, self.mesh, self.invariant, self.graphs)
-        with _evaluating(self.model):
-            writing = Writing(means, asked, sampling, stops)
-            with densified(self.model, self.model.dtype if self._wants_scratch() else None):
-                return writing.run()
+        try:
+            with _evaluating(self.model):
+                writing = Writing(means, asked, sampling, stops)
+                with densified(self.model, self.model.dtype if self._wants_scratch() else None):
+                    return writing.run()
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+            longest = max((len(one.prompt) + one.limit for one in asked), default=0)
+            raise NoRoomToWrite(slots_for(means, len(asked)), longest) from None
 
     def _wants_scratch(self) -> bool:
         device = self.model.device

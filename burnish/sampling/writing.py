@@ -59,6 +59,11 @@ class Means:
     graphs: bool
 
 
+def slots_for(means: Means, num_asked: int) -> int:
+    """How many answers are written at once."""
+    return means.num_slots if means.invariant else max(1, min(means.num_slots, num_asked))
+
+
 class Writing:
     """The state of one call. On several ranks each decision that all must share is voted on."""
 
@@ -68,7 +73,7 @@ class Writing:
         self.on_gpu = self.device.type == "cuda"
         self.ranks = means.mesh.world if means.mesh is not None else 1
         self.stride = STRIDE if self.on_gpu else 1
-        num_slots = means.num_slots if means.invariant else max(1, min(means.num_slots, len(asked)))
+        num_slots = slots_for(means, len(asked))
         self.cache = self._new_cache(num_slots)
         self.slots = Slots(num_slots, self.stride + 1, sampling, self.device)
         self.graphs = Graphs() if means.graphs and self.on_gpu and self.ranks == 1 else None

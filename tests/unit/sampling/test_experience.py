@@ -130,6 +130,26 @@ def test_answers_that_are_all_cut_stop_the_run(base: Path, policy: Role) -> None
         actor(base, policy, max_tokens=1).answer(PROMPTS[:1], step=3)
 
 
+@pytest.mark.parametrize(
+    ("slots", "at_once", "named"),
+    [(4, "4 answers", "rollout.slots=2, "), (99, "12 answers", "rollout.slots=6, "), (1, "1 answer", "")],
+)
+def test_memory_that_runs_out_meanwhile_is_told_with_the_settings_that_it_depends_on(
+    base: Path, policy: Role, monkeypatch: pytest.MonkeyPatch, slots: int, at_once: str, named: str
+) -> None:
+    def short(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(type(policy.model), "decode", short)
+    with pytest.raises(MemoryError) as told:
+        actor(base, policy, slots=slots).answer(PROMPTS, step=1)
+    assert str(told.value) == (
+        f"out of memory at step 2, while answers were written: {at_once} at once, of up to 9 tokens with the prompt. "
+        f"Any of these needs less: {named}a data.max_length below 9, with rollout.max_tokens; with other settings it "
+        "starts anew, with another run.folder"
+    )
+
+
 def test_a_model_that_cannot_end_is_not_blamed_for_it(base: Path, policy: Role) -> None:
     endless = actor(base, policy, max_tokens=1)
     endless.sampling = replace(endless.sampling, end_ids=())

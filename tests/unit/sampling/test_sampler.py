@@ -9,8 +9,9 @@ from burnish.data.packing import collate
 from burnish.data.tokenizer import Tokenizer
 from burnish.model.adapters import AdapterSpec, adapter_parameters, add_adapter
 from burnish.model.checkpoint import load_model
+from burnish.model.decoder import Decoder
 from burnish.sampling import sampler, writing
-from burnish.sampling.sampler import Sampler, Sampling, generate
+from burnish.sampling.sampler import NoRoomToWrite, Sampler, Sampling, generate
 from burnish.sampling.slots import Slots
 from burnish.sampling.streams import seed_of
 from burnish.types import Sequence
@@ -233,6 +234,31 @@ def test_prompts_must_leave_room_for_their_answers(model):
 def test_settings_out_of_range_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**{"max_tokens": 5, **wrong})
+
+
+@pytest.mark.parametrize("place", ["new_cache", "prefill", "decode"])
+def test_memory_that_runs_out_is_told_with_what_it_was_for(model, prompts, monkeypatch, place):
+    def short(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Decoder, place, short)
+    longest = max(map(len, prompts)) + 5
+    training = model.training
+    with pytest.raises(NoRoomToWrite) as told:
+        Sampler(model, 2).write(prompts, Sampling(5, end_ids=(0,)), None, range(len(prompts)))
+    assert str(told.value).startswith(
+        f"out of memory while answers were written: 2 answers at once, of up to {longest} "
+    )
+    assert model.training == training
+
+
+def test_an_error_that_is_no_lack_of_memory_stays_what_it_is(model, prompts, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(Decoder, "decode", broken)
+    with pytest.raises(RuntimeError, match="illegal"):
+        Sampler(model, 2).write(prompts, Sampling(5, end_ids=(0,)), None, range(len(prompts)))
 
 
 def test_generate_gives_answers_without_their_end_and_stays_within_the_positions(model, prompts):
