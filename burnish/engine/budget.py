@@ -34,6 +34,8 @@ TILED = 0.1
 """What tiles cost of the seconds of the MLP's matmuls."""
 TINY = 1e-3
 """What a copy that hides costs of its seconds: enough to prefer none."""
+GATE_RANK = 64
+"""Beyond it LoRA around the gate is multiplied by cuBLAS, into a copy of gate and up (`kernels/gate.py`)."""
 STORED_BYTES = {"nf4": 0.52, "bf16": 2.0, "fp32": 4.0, "full": 4.0, "full16": 2.0}
 """Of a number, by storage."""
 
@@ -57,6 +59,8 @@ class Work(NamedTuple):
     """Forward passes that wait at the same time for their backward passes."""
     embedding: int = 0
     """Bytes of the embedding, where it may lie on the host."""
+    keys: int = 0
+    """Keys that are read, where prompts are shared: a prompt's once for each sequence; 0 where none is."""
     a_step: int = 1
     """Micro-batches of an optimizer step."""
 
@@ -122,6 +126,8 @@ def sizes_of(config: DecoderConfig, work: Work) -> Sizes:
             sums=4 * tokens * queries,
             weights={name: count * multiplied if other else 0 for name, count in joints.items()},
             eighths=1 / itemsize if work.fp8 else 0.0,
+            copied=_copied(config, work),
+            clones=work.rank > GATE_RANK,
             turned=0 if config.qk_norm == "none" else saved["qkv"] - tokens * (heads - queries) // 2 * itemsize,
             own=round(joints["gate_up"] * STORED_BYTES[work.storage]) if trains else 0,
         ),
@@ -297,6 +303,16 @@ def _with(plan: Plan, places: Sequence[tuple[int, str]]) -> Plan:
         kept[block].add(name)
         host[block].discard(name)
     return replace(plan, kept=tuple(map(frozenset, kept)), host=tuple(map(frozenset, host)))
+
+
+def _copied(config: DecoderConfig, work: Work) -> tuple[int, int]:
+    """Bytes of copies of shared keys and values, and what their gradients take besides those of the tokens.
+
+    FlashAttention 2 makes gradients of keys and values for each query head, and adds them up afterwards.
+    """
+    keys, values = work.keys or work.tokens, 2 * config.num_kv_heads * config.head_dim * work.itemsize
+    expanded = 2 * config.num_heads * config.head_dim * work.itemsize if config.num_kv_heads < config.num_heads else 0
+    return (keys * values, keys * (values + expanded)) if work.keys else (0, keys * expanded)
 
 
 def _mean_keys(config: DecoderConfig, longest: int) -> float:

@@ -24,6 +24,10 @@ class Widths(NamedTuple):
     """What a tensor takes once more in 8 bits, as a share of itself; 0 without FP8."""
     turned: int = 0
     """q and k after the norms of heads, which are kept as they were before them; 0 where there are none."""
+    copied: tuple[int, int] = (0, 0)
+    """What attention holds besides: copies of shared keys and values on the way in, and their gradients on the way."""
+    clones: bool = False
+    """Whether LoRA's rank is beyond the gate's kernels, which then works on a copy of gate and up."""
     own: int = 0
     """The gradient of the largest joint layer, where weights train and a second micro-batch adds to it."""
 
@@ -45,7 +49,11 @@ def forward_peak(widths: Widths, waiting: Set[str], leaving: int, decoded: bool 
     outputs = x if share < 1 and not whole else 0
     made = max(
         normed + part + (both or weights["gate_up"]),
-        part + part // 2 + round(part // 2 * widths.eighths) + both + (normed if both else 0),
+        part
+        + (part if widths.clones else part // 2)
+        + round(part // 2 * widths.eighths)
+        + both
+        + (normed if both else 0),
         (part if whole else 0) + part // 2 + x + (both or weights["down"]) + (normed if both else 0),
     )
     return kept + middle + leaving + outputs + made
@@ -61,7 +69,8 @@ def backward_peak(
     """
     weights = _none(widths.weights) if decoded else widths.weights
     mlp = _mlp_moments(widths, kept, host, share, weights)
-    return max(mlp, coming + _attention_moments(widths, kept | host, weights))
+    # The gradient that the pass began with is there until its end: autograd holds it.
+    return widths.saved["x"] + max(mlp, coming + _attention_moments(widths, kept | host, weights))
 
 
 def _mlp_moments(widths: Widths, kept: Set[str], host: Set[str], share: float, weights: Mapping[str, int]) -> int:
@@ -73,7 +82,8 @@ def _mlp_moments(widths: Widths, kept: Set[str], host: Set[str], share: float, w
     base = sum(saved[name] for name in early) + 2 * x + round(x * widths.eighths)  # x_mid, and the gradient from above
     tiled = share < 1 and "gate_up" not in have
     part = round(gate_up * share) if tiled else gate_up
-    both = weights["gate_up"] + weights["down"] if tiled else 0
+    # In 8 bits gate and up are there in both of their layouts.
+    both = weights["gate_up"] * (2 if widths.eighths else 1) + weights["down"] if tiled else 0
     normed = 0 if "gate_up" in have else x + round(x * widths.eighths)
     if tiled:
         base += x  # the gradients of the tiles, and at the end all of them side by side
@@ -81,7 +91,7 @@ def _mlp_moments(widths: Widths, kept: Set[str], host: Set[str], share: float, w
     return max(
         base + part + normed + (both or (weights["gate_up"] if normed else 0)),
         base + part + part // 2 + (both or weights["down"]),
-        base + part + part // 2 + round(part * widths.eighths) + widths.own,
+        base + part + part // 2 + round(part * widths.eighths) + both + widths.own,
         base + back + part + round(part * widths.eighths) + round(x * share) + (both or weights["gate_up"]),
         base + back + 3 * x,
     )
@@ -92,8 +102,8 @@ def _attention_moments(widths: Widths, have: Set[str], weights: Mapping[str, int
     x, qkv, out = saved["x"], saved["qkv"], saved["attention"]
     above = x + round(x * widths.eighths)
     again = 0 if "qkv" in have else x + round(x * widths.eighths) + weights["qkv"]
-    first = widths.turned + out if "attention" not in have else out
-    back = qkv + widths.sums + widths.turned
+    first = widths.turned + widths.copied[0] + out if "attention" not in have else out
+    back = qkv + widths.sums + widths.turned + sum(widths.copied)
     return max(
         x + qkv + above + max(first, again),
         x + qkv + out + above + out + max(weights["o"], back),

@@ -75,9 +75,12 @@ class Planner:
     optimizer: torch.optim.Optimizer | None = None
     clips: bool = True
     """Whether gradients are clipped: to take them as they appear each step is then computed twice."""
+    keys: float = 0.0
+    """Keys that a batch reads for each of its tokens, where prompts are shared."""
 
-    def __call__(self) -> Plan:
+    def __call__(self, keys: float = 0.0) -> Plan:
         """What of each block waits for the backward pass, by run.memory and what is on the device by now."""
+        self.keys = keys
         found = plan_for(self.sizes(), self._num_blocks, self.run.memory, self.held(), self.device)
         if found.away and isinstance(self.optimizer, AdamW):
             self.optimizer.evict(found.away)
@@ -113,6 +116,7 @@ class Planner:
             fp8=self.run.fp8,
             device=self.device.type,
             embedding=_movable(self.decoder),
+            keys=math.ceil(self.run.microbatch_tokens * self.keys),
             a_step=self._passes_a_step,
         )
         return sizes_of(self.decoder.config, work)

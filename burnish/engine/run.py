@@ -128,6 +128,8 @@ class Run:
         Stopped after SIGTERM or Ctrl-C on any rank, once the step under way is done and saved.
         """
         self._listen(True)
+        if isinstance(self.model, Decoder):
+            self.model.in_training = True
         while self.step < self.total_steps:
             self._step_began, self.eval_loss = time.perf_counter(), None
             peak = self._measuring.enter_context(self._measured())

@@ -63,8 +63,13 @@ class Decoder(nn.Module):
         self.compiled = False
         self.fused: FusedBlocks | None = None
         self.plan: Plan = keep_everything(len(config.layers))
-        self.planner: Callable[[], Plan] | None = None
-        """Gives the plan that the first pass with gradients makes its own, when all else is on the device."""
+        self.planner: Callable[[float], Plan] | None = None
+        """Gives the plan for batches that read so many keys a token, where prompts are shared.
+
+        The first pass with gradients makes it its own, or the first one `in_training`, when all else is on the device:
+        so what a first step asks a reference is computed as in later ones.
+        """
+        self.in_training = False
         self.states_held: Callable[[], int] = lambda: 0
         """Bytes that optimizers hold already: after a resume, say."""
         self.model = Trunk(config, weights)
@@ -178,8 +183,9 @@ class Decoder(nn.Module):
     def _run(self, tokens_T: Tensor, given: Pass, adapter: str | None) -> Tensor:
         hidden_TD = self.model.embed_tokens(tokens_T, self.dtype)
         if self.fused is not None and given.cache is None and self.fused.takes(adapter, self.training):
-            if self.planner is not None and torch.is_grad_enabled():
-                plan, self.planner = self.planner(), None
+            if self.planner is not None and (self.in_training or torch.is_grad_enabled()):
+                keys = 0.0 if given.layout is None or given.layout.keys is None else len(given.layout.keys.position)
+                plan, self.planner = self.planner(keys / len(tokens_T)), None
                 self.follow(plan)
             return self.fused(hidden_TD, given, adapter, self.plan)
         for layer in self.model.layers:

@@ -61,7 +61,7 @@ class FusedBlocks:
             if hidden_TD is not None:
                 return hidden_TD
             x_TD, given = self.graphs.padded(x_TD, given, *about)
-        run = FusedPass(self.trunk, given, factors, x_TD.dtype, plan.tile)
+        run = FusedPass(self.trunk, given, factors, x_TD.dtype, plan)
         if not goes_back:
             return run.forward(x_TD)[:num_tokens]
         run.shelf = Shelf(plan, self.host)

@@ -10,7 +10,7 @@ from burnish.model.factors import Factors, Pair
 from burnish.model.families import DecoderConfig
 from burnish.model.joint import Joint
 from burnish.model.layer_gradients import LayerGradients, Low, Read
-from burnish.model.shelf import Shelf
+from burnish.model.shelf import Plan, Shelf
 from burnish.model.tiles import joined, part_of, rows8, tiles_of
 from burnish.ops.add_norm import Gain, NormBackward, Normed, NormGradient, add_norm, add_norm_backward, norm_again
 from burnish.ops.attention import attention_backward, attention_forward
@@ -64,13 +64,13 @@ class FusedPass:
     """One pass over the blocks: what its forward half leaves for its backward half."""
 
     def __init__(
-        self, trunk: Trunk, given: Pass, factors: Factors | None, dtype: torch.dtype, tile: int | None = None
+        self, trunk: Trunk, given: Pass, factors: Factors | None, dtype: torch.dtype, plan: Plan | None = None
     ) -> None:
         assert given.layout is not None
         self.parts, self.last, self.config, self.fp8 = trunk
         self.heads = Heads(self.config.num_heads, self.config.num_kv_heads, self.config.head_dim)
         self.layout, self.tables, self.dtype = given.layout, given.tables, dtype
-        self.factors, self.tile = factors, tile
+        self.factors, self.plan = factors, plan
         self.generation = 0 if factors is None else factors.generation
         pairs = iter([None] * (len(JOINTS) * len(self.parts)) if factors is None else factors.pairs)
         self.lora: list[dict[str, Pair | None]] = [{name: next(pairs) for name in JOINTS} for _ in self.parts]
@@ -140,9 +140,9 @@ class FusedPass:
         return x, (joined(outputs), low_down, down)
 
     def tiles(self, number: int, num_tokens: int) -> list[slice | None]:
-        """The rows that a block's MLP takes at a time: all where gate and up are kept."""
-        kept = self.shelf is not None and self.shelf.holds(number, "gate_up")
-        return tiles_of(num_tokens, None if kept else self.tile)
+        """The rows that a block's MLP takes at a time, with gradients and without; all where gate and up are kept."""
+        whole = self.plan is None or self.plan.holds(number, "gate_up")
+        return tiles_of(num_tokens, None if whole or self.plan is None else self.plan.tile)
 
     def backward(self, dh: Tensor) -> Tensor | None:
         """The gradient of x, where it is wanted; those of parameters are left in `gradients`."""

@@ -45,6 +45,10 @@ class Plan:
             assert not kept & host
             assert {"x"} <= kept | host <= {*NAMES}
 
+    def holds(self, block: int, name: str) -> bool:
+        """Whether the tensor waits, and is not computed again."""
+        return name in self.kept[block] or name in self.host[block]
+
 
 def keep_everything(num_blocks: int) -> Plan:
     """Nothing is computed again, nothing copied."""
@@ -123,10 +127,6 @@ class Shelf:
                     self._leaving.append((block, away))
         elif name in self.plan.kept[block] or name not in NAMES:
             self._kept[block, name] = tensors
-
-    def holds(self, block: int, name: str) -> bool:
-        """Whether the plan has it wait here, not computed again."""
-        return name in self.plan.kept[block] or name in self.plan.host[block]
 
     def prefetch(self, block: int, names: Sequence[str] = NAMES) -> None:
         """Begin to copy back what of this block is on the host; a number that is no block's does nothing."""
