@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from burnish.engine.budget import LINK_RATE, Sizes, Work, make_plan, peak_bytes, sizes_of
+from burnish.engine.budget import LINK_RATE, Sizes, Work, make_plan, peak_bytes, seconds_of, sizes_of
 from burnish.engine.moments import Widths
 from burnish.model.families import DecoderConfig, LayerConfig, parse_config
 from burnish.model.shelf import NAMES, Plan, buffer_bytes, keep_everything, keep_inputs
@@ -307,17 +307,15 @@ def test_plans_keep_within_the_room_by_a_walk_through_both_passes(
 
 @settings(max_examples=150, deadline=None)
 @given(case=cases, room=rooms, more=rooms, host_room=rooms)
-def test_more_room_never_keeps_less(case: tuple[Sizes, int], room: int, more: int, host_room: int) -> None:
+def test_more_room_never_costs_more(case: tuple[Sizes, int], room: int, more: int, host_room: int) -> None:
     sizes, num_blocks = case
     small, large = (make_plan(sizes, num_blocks, size, host_room) for size in (room, room + more))
     if small is None:
         return
     assert large is not None
-    # But for the last block, which keeps what others send to the host: with more room that may be less.
-    assert all(a <= b for a, b in zip(small.kept[:-1], large.kept[:-1], strict=True))
-    assert small.dense_blocks <= large.dense_blocks
-    again = [recomputed(plan, num_blocks) for plan in (small, large)]
-    assert again[1] <= again[0]
+    assert seconds_of(large, sizes) <= seconds_of(small, sizes)
+    if large.kept == small.kept:
+        assert small.dense_blocks <= large.dense_blocks
 
 
 def recomputed(plan: Plan, num_blocks: int) -> set[tuple[int, str]]:
