@@ -17,6 +17,7 @@ from burnish.engine.learner import Learner
 from burnish.engine.memory import Explained, explained_peak
 from burnish.engine.mesh import Mesh
 from burnish.engine.reference import asked
+from burnish.engine.room import Shortage
 from burnish.engine.start import Start
 from burnish.losses.likelihood import cross_entropy
 from burnish.losses.preference import Options, pairs_of, preference_loss
@@ -99,18 +100,23 @@ def try_out(start: Start, settings: TrainingSettings, trial: Trial, mesh: Mesh) 
     prepare = _sft if trial.method == "sft" else _dpo
     step = prepare(decoder, adapter, learner, trial)
     seconds: list[float] = []
+    short: list[Shortage] = []
+    learner.room.told = short.append
     highest, tokens = 0, 0.0
-    for number in range(WARM_UP + num_timed):
-        if number == WARM_UP and device.type == "cuda":
+    while len(seconds) < WARM_UP + num_timed:
+        if len(seconds) == WARM_UP and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         began = _now(device)
         tokens = step()["tokens"]
         seconds.append(_now(device) - began)
+        if short:  # in one attempt more; and from now on steps are others
+            short.clear()
+            del seconds[WARM_UP:]
+            learner.steps_taken = len(seconds)
     reserved = None
     if device.type == "cuda":
         highest, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-    with explained_peak(decoder, [learner]) as peak:
-        step()
+    peak = _explained(decoder, learner, step, short)
     fused = decoder.fused if decoder.takes(adapter) else None
     more = max(0, highest - peak.bytes)
     taken = fused is not None and fused.taking.wanted
@@ -134,6 +140,19 @@ def try_out(start: Start, settings: TrainingSettings, trial: Trial, mesh: Mesh) 
         twice=taken and learner.clip > 0,
         limit=learner.room.limit,
     )
+
+
+def _explained(
+    decoder: Decoder, learner: Learner, step: Callable[[], dict[str, float]], short: list[Shortage]
+) -> Explained:
+    """The peak of a step in which memory does not run out: `short` is told when it does."""
+    while True:
+        with explained_peak(decoder, [learner]) as peak:
+            step()
+        if not short:
+            return peak
+        short.clear()
+        learner.steps_taken -= 1
 
 
 def let_go(device: torch.device) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from burnish.config import ConfigError, Settings, build, nearest_name
+from burnish.config import ConfigError, Settings, Stopped, build, nearest_name
 from burnish.engine.preflight import check_device, cuda_device_count
 from burnish.engine.start import Start
 from burnish.model.families import DecoderConfig, find_model, read_config
@@ -105,6 +105,13 @@ class Config(Settings):
 
 def main(config: Config, as_json: bool) -> None:
     """Prints the table; raises ValueError when nothing could be measured."""
+    try:
+        _bench(config, as_json)
+    except KeyboardInterrupt:
+        raise Stopped("stopped; nothing is kept of a measurement") from None
+
+
+def _bench(config: Config, as_json: bool) -> None:
     check_device(config.run.device)
     if config.cap is not None and (config.run.device == "cpu" or cuda_device_count() == 0):
         raise ValueError(f"cap={config.cap}: only the memory of a CUDA device can be capped; leave it out on a CPU")

@@ -18,6 +18,7 @@ from burnish.engine.memory import CLASSES, CUDAHistory, Event, capped, explained
 from burnish.engine.mesh import Mesh
 from burnish.engine.start import Start
 from burnish.losses.likelihood import cross_entropy
+from burnish.model.decoder import Decoder
 from burnish.model.shapes import SHAPES
 from burnish.settings import TrainingSettings
 from burnish.types import Batch
@@ -153,6 +154,30 @@ def test_a_model_of_billions_is_made_on_the_device_in_seconds(capsys: pytest.Cap
     assert row["open_seconds"] < 30
     assert most[0] < 4 * 2**30  # of 13.5 GB in 16 bits; libraries and what is compiled are among it
     assert 3.5 * 2**30 < row["peak_bytes"] <= row["reserved_bytes"]
+    assert sum(row["classes"].values()) == row["peak_bytes"]
+
+
+@pytest.mark.parametrize("number", [4, 5], ids=["timed", "explained"])
+def test_the_peak_is_of_no_attempt_that_failed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    hidden, count = Decoder.hidden, [0]
+
+    def short(self: Decoder, batch: Batch, adapter: str | None = None) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            count[0] += 1
+            if count[0] == number:
+                assert torch.empty(512 * MIB, dtype=torch.uint8, device=CUDA).is_cuda
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden(self, batch, adapter)
+
+    monkeypatch.setattr(Decoder, "hidden", short)
+    (row,) = bench(capsys, "model.shape=tiny", "length=256", "sequences=2", "run.steps=1")["rows"]
+    assert (
+        count[0] == 7
+    )  # three to warm up, one that fails and is taken again, one that is timed, one that is explained
+    assert row["peak_bytes"] < 256 * MIB
+    assert row["reserved_bytes"] < 512 * MIB
     assert sum(row["classes"].values()) == row["peak_bytes"]
 
 

@@ -1,6 +1,7 @@
 """`burnish bench` on a CPU: what it prints, what adds up, and what it says to words that are wrong."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from burnish.cli import main
 from burnish.engine import trial
 from burnish.engine.memory import CLASSES
+from burnish.model.decoder import Decoder
 from burnish.report.costs import WIDTH
 from burnish.report.units import ABSENT
 
@@ -113,6 +115,55 @@ def test_memory_that_runs_out_is_told_in_a_line_and_the_others_go_on(
     assert full["problem"].endswith(f"in use; less is needed by {needing_less}")
     assert lora["peak_bytes"] > 0
     assert complaint(capsys, *TINY, "compare=full").startswith("burnish bench: full: out of memory with ")
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, number: int, size: int = 2**25) -> list[int]:
+    """This pass with gradients, counted from 1, holds so many bytes when memory runs out; how many passes there were.
+
+    It takes longer than a step besides.
+    """
+    hidden, count = Decoder.hidden, [0]
+
+    def short(self: Decoder, batch: Any, adapter: str | None = None) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            count[0] += 1
+            if count[0] == number:
+                assert torch.empty(size, dtype=torch.uint8).untyped_storage().nbytes() == size
+                time.sleep(0.5)
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden(self, batch, adapter)
+
+    monkeypatch.setattr(Decoder, "hidden", short)
+    return count
+
+
+@pytest.mark.parametrize(("number", "steps", "passes"), [(2, 1, 6), (4, 1, 7), (5, 2, 9), (6, 2, 8)])
+def test_a_shortage_on_the_way_is_no_part_of_what_is_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int, steps: int, passes: int
+) -> None:
+    """In a step of warm-up, the first or the second of those that are timed, or the one that is explained.
+
+    Those that are timed begin anew, and the one that is explained is taken again.
+    """
+    count = failing(monkeypatch, number)
+    (row,) = as_json(capsys, "sequences=2", f"run.steps={steps}")["rows"]
+    assert row["step_seconds"] < 0.4
+    assert row["plan"] == {"again": True}  # what was done about it
+    assert row["peak_bytes"] < 2**25
+    assert sum(row["classes"].values()) == row["peak_bytes"]
+    assert count[0] == passes
+
+
+@pytest.mark.parametrize("where", ["open_model", "open_learner"])
+def test_stopped_it_speaks_of_no_checkpoint(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def asked_to_stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trial, where, asked_to_stop)
+    assert main(TINY) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "burnish bench: stopped; nothing is kept of a measurement"
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
