@@ -28,7 +28,7 @@ from burnish.model.adapters import (
 from burnish.model.checkpoint import base_fingerprint, init_model, load_model, save_model
 from burnish.model.decoder import Decoder
 from burnish.ops import runs_kernels
-from burnish.optim.adamw import adamw, state_bytes
+from burnish.optim.adamw import adamw
 from burnish.optim.schedule import multiplier
 from burnish.settings import AdapterSettings, ModelSettings, OptimSettings, RunSettings, TrainingSettings
 
@@ -164,18 +164,35 @@ def saved_dtype(settings: TrainingSettings) -> torch.dtype:
     return torch.float32 if in_32 else torch.bfloat16
 
 
-def open_learner(decoder: Decoder, adapter: str | None, optim: OptimSettings, steps: int, mesh: Mesh) -> Learner:
-    """A learner over the adapter's weights, or over all weights when there is no adapter."""
-    learner = learner_of(trained_parameters(decoder, adapter), optim, steps, mesh)
+def open_learner(
+    decoder: Decoder,
+    adapter: str | None,
+    optim: OptimSettings,
+    steps: int,
+    mesh: Mesh,
+    parameters: dict[str, nn.Parameter] | None = None,
+    counted: bool = True,
+    beside: Learner | None = None,
+) -> Learner:
+    """A learner over these parameters, else over the adapter's weights, or over all weights when there is no adapter.
+
+    The decoder's plans and the learner know of each other from then on: where memory is short, room is made.
+    Not `counted` are micro-batches of which run.step_tokens does not say how many a step has. The memory is one with
+    that of the learner `beside` it.
+    """
+    chosen = trained_parameters(decoder, adapter) if parameters is None else parameters
+    learner, by_hand = learner_of(chosen, optim, steps, mesh), decoder.takes(adapter)
     learner.updated = partial(decoder.prepare, adapter)
-    decoder.states_held = partial(state_bytes, learner.optimizer)
     planner = decoder.planner if isinstance(decoder.planner, Planner) else None
     if planner is not None:
-        planner.optimizer, planner.clips = learner.optimizer, optim.clip > 0
-    if decoder.fused is not None and decoder.takes(adapter):
+        planner.clips = optim.clip > 0
+        planner.optimizers, planner.counted = (*planner.optimizers, learner.optimizer), counted
+    if decoder.fused is not None and by_hand and counted:
         learner.taking = decoder.fused.taking
     if mesh.world == 1:
-        relief = Relief(decoder, learner.optimizer, planner if decoder.takes(adapter) else None, mesh.device)
+        known = beside.room.relieve if beside is not None else None
+        relief = known if isinstance(known, Relief) else Relief(mesh.device)
+        relief.add(decoder, learner.optimizer, planner if by_hand else None)
         learner.room.relieve, learner.room.recover = relief, relief.recover
     return learner
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from burnish.engine.checkpoints import random_state, restore_random_state
 from burnish.engine.mesh import Mesh, whole
-from burnish.engine.room import Halfway, Room, attempt
+from burnish.engine.room import Halfway, NoRoom, Room, attempt
 from burnish.model.layer_gradients import Taking
 from burnish.optim.adamw import AdamW
 from burnish.types import Batch
@@ -49,7 +49,8 @@ class Learner:
 
     Where memory demands it, and a step is one micro-batch, gradients of matrices are taken as they appear: each weight
     is updated while the backward pass goes on, and its gradient is gone. With clipping that takes the norm of all, so
-    the step is computed twice, first for the norm. Either way the bits are those of the ordinary step.
+    the step is computed twice, first for the norm; and so it is where memory has not yet sufficed for a step of that
+    size, since one that has changed weights cannot be taken again. The bits are those of the ordinary step in any case.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -66,6 +67,8 @@ class Learner:
     """What becomes of micro-batches that memory does not suffice for."""
     taking: Taking | None = None
     """That of the model's blocks, if these can hand gradients over as they appear."""
+    _proven: int = 0
+    """Tokens of the largest step with gradients so taken that memory, as it is divided now, has sufficed for."""
 
     def step(self, microbatches: Sequence[B], objective: Objective[B], count: Callable[[B], float]) -> dict[str, float]:
         """One optimizer step; every metric as its sum over micro-batches and ranks, divided by the count over both.
@@ -101,8 +104,8 @@ class Learner:
         if not unseen:
             self._update(way)
         self.steps_taken += 1
-        if self.room.recover is not None:
-            self.room.recover()
+        if self.room.recover is not None and self.room.recover():
+            self._proven = 0
         return metrics_out | {"learning_rate": rate, "tokens": tokens}
 
     def _sums(self, microbatches: Sequence[B], objective: Objective[B], share: float) -> tuple[dict[str, Tensor], _Way]:
@@ -122,12 +125,23 @@ class Learner:
                 restore_random_state(random, self.mesh.device)
                 failed = self._accumulate(parts, objective, share, {}, way)
             if failed is None:
+                if way.changed:
+                    self._proven = max(self._proven, len(parts[0].tokens))
                 return sums, way
             if way.changed:
                 raise Halfway
             self.optimizer.zero_grad(set_to_none=True)
-            parts = self.room.again(parts, failed)
+            parts = self._again(parts, failed)
             restore_random_state(random, self.mesh.device)
+
+    def _again(self, parts: Sequence[B], failed: int) -> list[B]:
+        """What to try in place of these parts. Of two parts all gradients would be there together, which takes more."""
+        self._proven = 0
+        try:
+            return self.room.again(parts, failed, whole=len(parts) == 1 and self._takes())
+        except NoRoom as error:
+            error.in_step = True
+            raise
 
     def _accumulate(
         self, parts: Sequence[B], objective: Objective[B], share: float, sums: dict[str, Tensor], way: _Way
@@ -138,7 +152,7 @@ class Learner:
             passes = self._passes()
             loss, metrics = objective(part)
             if self._takes() and len(parts) == 1 and self._passes() == passes + 1:
-                self._backward_taking(loss * share, way)
+                self._backward_taking(loss * share, way, known=len(part.tokens) <= self._proven)
             else:
                 (loss * share).backward()
             for name, value in {"loss": loss, **metrics}.items():
@@ -146,8 +160,11 @@ class Learner:
 
         return next((number for number, part in enumerate(parts) if attempt(add, part) is None), None)
 
-    def _backward_taking(self, loss: Tensor, way: _Way) -> None:
-        """The backward pass, with gradients that are taken: for the norm, or for the step."""
+    def _backward_taking(self, loss: Tensor, way: _Way, known: bool) -> None:
+        """The backward pass, with gradients that are taken: for the norm, or for the step.
+
+        `known` is that memory suffices for it.
+        """
         optimizer = self.optimizer
         assert isinstance(optimizer, AdamW)
         assert self.taking is not None
@@ -158,13 +175,13 @@ class Learner:
             parameter.grad = None
 
         def update(parameter: nn.Parameter) -> None:
-            way.changed = True
+            way.changed = True  # before it is: an update that ends halfway may have written some of it
             if way.measured:
                 optimizer.step_one(parameter)
             else:
                 optimizer.take_one(parameter, healthy)
 
-        first = self.clip > 0 and not way.measured
+        first = (self.clip > 0 or not known) and not way.measured
         way.measured |= first
         with self.taking.by(measure if first else update):
             loss.backward()

@@ -4,6 +4,7 @@ Decided when all else is on the device, at the first pass that goes back; and on
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from burnish.model.adapters import LoRA, linear_layers
 from burnish.model.decoder import Decoder
 from burnish.model.shelf import Plan, keep_everything, keep_inputs
 from burnish.model.storage import Dense
-from burnish.optim.adamw import AdamW
+from burnish.optim.adamw import AdamW, state_bytes
 from burnish.settings import RunSettings, memory_bytes
 
 SHARES = 8
@@ -72,9 +73,12 @@ class Planner:
     states: float
     """Bytes that an optimizer holds for each trained number, where it is not known or has no pages."""
     device: torch.device
-    optimizer: torch.optim.Optimizer | None = None
+    optimizers: Sequence[torch.optim.Optimizer] = ()
+    """Those of all that is trained in the decoder."""
     clips: bool = True
     """Whether gradients are clipped: to take them as they appear each step is then computed twice."""
+    counted: bool = True
+    """Whether run.step_tokens says how many micro-batches a step has: of answers that are yet to write it does not."""
     keys: float = 0.0
     """Keys that a batch reads for each of its tokens, where prompts are shared."""
 
@@ -82,8 +86,9 @@ class Planner:
         """What of each block waits for the backward pass, by run.memory and what is on the device by now."""
         self.keys = keys
         found = plan_for(self.sizes(), self._num_blocks, self.run.memory, self.held(), self.device)
-        if found.away and isinstance(self.optimizer, AdamW):
-            self.optimizer.evict(found.away)
+        left = found.away
+        for optimizer in self._paged():
+            left -= optimizer.evict(left) if left > 0 else 0
         if self.decoder.fused is not None:
             self.decoder.fused.taking.wanted = found.taken
         return found.plan
@@ -135,14 +140,21 @@ class Planner:
 
     def _states(self, trained: list[nn.Parameter]) -> tuple[int, int]:
         """Bytes of states that are still to come to the device, and of all there that may leave it."""
-        if isinstance(self.optimizer, AdamW):
-            return self.optimizer.to_come(), self.optimizer.movable() if has_host(self.device) else 0
+        paged = self._paged()
+        if paged and len(paged) == len(self.optimizers):
+            movable = sum(optimizer.movable() for optimizer in paged) if has_host(self.device) else 0
+            return sum(optimizer.to_come() for optimizer in paged), movable
         whole = round(sum(parameter.numel() for parameter in trained) * self.states)
-        return max(0, whole - self.decoder.states_held()), 0
+        return max(0, whole - sum(state_bytes(optimizer) for optimizer in self.optimizers)), 0
+
+    def _paged(self) -> list[AdamW]:
+        """The optimizers whose states can leave the device."""
+        return [optimizer for optimizer in self.optimizers if isinstance(optimizer, AdamW)]
 
     def _passing(self) -> int:
         """Bytes of gradients that need not be there together: those of the blocks' matrices but for one layer's."""
-        if self.decoder.fused is None or self._passes_a_step > 1 or not isinstance(self.optimizer, AdamW):
+        alone = self.counted and self._passes_a_step == 1 and len(self._paged()) == len(self.optimizers) == 1
+        if self.decoder.fused is None or not alone:
             return 0
         sizes = [sum(w.nbytes for w in weights) for weights in self.decoder.fused.trained_matrices()]
         return sum(sizes) - max(sizes, default=0)

@@ -49,13 +49,20 @@ def no_reference(mesh: Mesh) -> Refer:
     return lambda batch: batch.to(mesh.device)
 
 
-def asked(role: Role, mesh: Mesh) -> Refer:
-    """The reference is asked about each batch as it comes."""
+def asked(role: Role, mesh: Mesh, room: Room | None = None) -> Refer:
+    """The reference is asked about each batch as it comes, in parts where memory does not suffice: see `room`."""
+    own_room = room or Room()
 
     @torch.no_grad()
     def refer(batch: PreferenceBatch) -> PreferenceBatch:
         batch = batch.to(mesh.device)
-        return replace(batch, reference_log_probs=role.log_probs(batch))
+        parts = [(part, found) for part, found in own_room.each([batch], role.log_probs)]
+        if len(parts) == 1:
+            return replace(batch, reference_log_probs=parts[0][1])
+        # Parts have copies of prompts, but what is scored stands in each in the order of the whole.
+        found_K = torch.cat([found[part.scored] for part, found in parts])
+        zeros_T = found_K.new_zeros(batch.tokens.shape)
+        return replace(batch, reference_log_probs=zeros_T.index_copy(0, batch.scored, found_K))
 
     return refer
 
@@ -74,11 +81,15 @@ def looked_up(known: Known, mesh: Mesh) -> Refer:
 
 @torch.no_grad()
 def ask_about_all(
-    role: Role, streams: Sequence[ComparisonStream], mesh: Mesh, progress: Callable[[int, int], None] | None = None
+    role: Role,
+    streams: Sequence[ComparisonStream],
+    mesh: Mesh,
+    progress: Callable[[int, int], None] | None = None,
+    room: Room | None = None,
 ) -> Known:
     """What the reference says of every sequence that one pass over each stream brings; the ranks share the work."""
     known: dict[bytes, NDArray[numpy.float32]] = {}
-    room = Room()
+    room = room or Room()
 
     def ask(batch: PreferenceBatch) -> NDArray[numpy.float32]:
         return role.log_probs(batch.to(mesh.device)).cpu().numpy()

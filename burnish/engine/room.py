@@ -30,18 +30,26 @@ class Shortage(NamedTuple):
     """How many tokens a batch has from now on at most; None: room was made, and the batches are what they were."""
     made: str = ""
     """How room was made, in words."""
+    work: str = ""
+    """What was at work; empty: a training step."""
 
 
 class NoRoom(MemoryError):
-    """Memory does not suffice for a batch that cannot be divided. No weight has been changed by its step."""
+    """Memory does not suffice for a batch that cannot be divided. No weight has been changed by the pass over it."""
 
-    def __init__(self, batch: Batch) -> None:
-        self.tokens, self.num_sequences = len(batch.tokens), batch.num_sequences
+    in_step = False
+    """Whether an optimizer step raised it, which has changed nothing then. Others before it may have."""
+
+    def __init__(self, batch: Batch, whole: bool = False) -> None:
+        """`whole` says that the batch could be divided, but that the step must be one micro-batch."""
+        self.tokens, self.num_sequences, self.whole = len(batch.tokens), batch.num_sequences, whole
         super().__init__(f"out of memory: {self.what} is too much by itself, and can only be computed whole")
 
     @property
     def what(self) -> str:
         """The batch in words."""
+        if self.whole:
+            return f"a micro-batch of {self.tokens:,} tokens, whole so that gradients are taken as they appear,"
         kind = "one sequence" if self.num_sequences == 1 else f"a comparison of {self.num_sequences} sequences"
         return f"{kind}, {self.tokens:,} tokens,"
 
@@ -62,31 +70,47 @@ class Room:
     relieve: Callable[[], str | None] | None = None
     """Called first when memory runs out, and again when it still does: gives back what is only held to save time.
     What that was, in words: then the same batches are tried once more. None: nothing is left to give."""
-    recover: Callable[[], None] | None = None
-    """Called after each optimizer step that memory sufficed for."""
+    recover: Callable[[], bool] | None = None
+    """Called after each optimizer step that memory sufficed for. Whether less memory is free than before."""
     told: Callable[[Shortage], None] | None = None
     """Called before another attempt."""
+    work: str = ""
+    """What the batches are for; empty: training steps."""
+    shortages: int = 0
+    """How often memory ran out so far."""
+
+    def beside(self, work: str) -> "Room":
+        """A room for other work on the same device: it has a limit of its own, but gives back and tells the same."""
+
+        def told(shortage: Shortage) -> None:
+            if self.told is not None:
+                self.told(shortage)
+
+        return Room(relieve=lambda: None if self.relieve is None else self.relieve(), told=told, work=work)
 
     def parts(self, batches: Iterable[B]) -> list[B]:
         """The batches in parts within the limit, in order."""
         return [part for batch in batches for part in within(batch, self.limit)]
 
-    def again(self, parts: Sequence[B], failed: int) -> list[B]:
+    def again(self, parts: Sequence[B], failed: int, whole: bool = False) -> list[B]:
         """What to try in place of these parts, the one numbered `failed` having been too much.
 
-        Raises NoRoom when there is no room to make and the part cannot be divided.
+        Raises NoRoom when there is no room to make and the part cannot be divided, or must not be: `whole`.
         """
+        self.shortages += 1
         gc.collect()  # cycles may hold tensors of the attempt that failed
         _empty_cache()  # so that what is free is known
         made = None if self.relieve is None else self.relieve()
         _empty_cache()
         tokens = max(len(part.tokens) for part in parts)
         if made is None:
-            if in_two(parts[failed]) is None:
-                raise NoRoom(parts[failed])
+            divides = in_two(parts[failed]) is not None
+            if whole or not divides:
+                raise NoRoom(parts[failed], divides)
             self.limit = min(tokens, self.limit or tokens) // 2
         if self.told is not None:
-            self.told(Shortage(tokens, self.limit) if made is None else Shortage(tokens, None, made))
+            limit = self.limit if made is None else None
+            self.told(Shortage(tokens, limit, made or "", self.work))
         return self.parts(parts)
 
     def each(self, batches: Iterable[B], work: Callable[[B], R]) -> Iterator[tuple[B, R]]:

@@ -23,7 +23,7 @@ from burnish.engine.learner import Learner, NonFinite
 from burnish.engine.memory import Explained, Peak, explained_peak, in_use, measured_peak
 from burnish.engine.mesh import laid_like
 from burnish.engine.room import Halfway, NoRoom, Shortage, ran_out
-from burnish.engine.shortage import holdings, out_of_memory, told, told_taking
+from burnish.engine.shortage import Moment, holdings, out_of_memory, told, told_taking
 from burnish.engine.trackers import Tracker, open_trackers
 from burnish.model.decoder import Decoder
 from burnish.optim.adamw import optimizer_tensors, restore_optimizer, state_bytes
@@ -81,6 +81,9 @@ class Run:
         self._step_began = time.perf_counter()
         self._measuring = ExitStack()
         self._told_taking = False
+        self._updates: int | None = None
+        """Those that learners had taken when the step under way began; None: no step is under way."""
+        self._began = False
         for learner in learners:
             learner.room.told = self._tell_shortage
 
@@ -117,9 +120,12 @@ class Run:
             raise ValueError(self._report_non_finite(error)) from None
         if error is not None and (isinstance(error, NoRoom | Halfway) or ran_out(error)):
             held = holdings(self.model, self.parameters, sum(state_bytes(own.optimizer) for own in self.learners))
-            said = out_of_memory(error, self.step + 1, self.config, self.mesh, held)
-            stays = f". {checkpoints.what_stays(self._checkpoint_folder)}" if isinstance(error, Halfway) else ""
-            raise MemoryError(said + stays) from None
+            moment = self._moment(error)
+            said = out_of_memory(error, moment, self.config, self.mesh, held)
+            changed = isinstance(error, Halfway) or moment.stage in ("later", "after")
+            raise MemoryError(
+                f"{said}. {checkpoints.what_stays(self._checkpoint_folder)}" if changed else said
+            ) from None
 
     def steps(self) -> Iterator[int]:
         """The steps still to take, counted from 0.
@@ -133,7 +139,9 @@ class Run:
         while self.step < self.total_steps:
             self._step_began, self.eval_loss = time.perf_counter(), None
             peak = self._measuring.enter_context(self._measured())
+            self._began, self._updates = True, self._num_updates()
             yield self.step
+            self._updates = None
             self._measuring.close()
             self.peak_bytes = max(self.peak_bytes, peak.bytes)
             self._explain(peak)
@@ -274,6 +282,17 @@ class Run:
         found = {"step": self.step + 1, "bytes": peak.bytes, "phase": peak.phase, "graphs": graphs}
         self.explained = found | {"classes": peak.classes}
 
+    def _num_updates(self) -> int:
+        return sum(learner.steps_taken for learner in self.learners)
+
+    def _moment(self, error: BaseException) -> Moment:
+        """When it was that memory ran out."""
+        if self._updates is None:  # between steps, or before or after all
+            return Moment(self.step, "after") if self._began else Moment(self.step + 1, "before")
+        if self._num_updates() == self._updates:
+            return Moment(self.step + 1, "in")
+        return Moment(self.step + 1, "later" if isinstance(error, Halfway) or _in_step(error) else "after")
+
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         states = [optimizer_tensors(learner.optimizer, learner.parameters) for learner in self.learners]
         return {name: tensor for state in states for name, tensor in state.items()}
@@ -357,7 +376,11 @@ class Run:
 
     def _tell_shortage(self, shortage: Shortage) -> None:
         if self.mesh.is_main:
-            self.bar.write(told(self.step + 1, shortage))
+            self.bar.write(told(self.step + 1, shortage, self.config.data.max_length))
+
+
+def _in_step(error: BaseException) -> bool:
+    return isinstance(error, NoRoom) and error.in_step
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

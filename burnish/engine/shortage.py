@@ -1,7 +1,7 @@
 """What to tell when memory runs out: what holds it, and which settings would take less."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -13,14 +13,26 @@ from burnish.model.decoder import Decoder
 from burnish.settings import TrainingSettings
 
 
-def told(step: int, shortage: Shortage) -> str:
-    """A line about a step, counted from 1, that is taken again."""
-    if shortage.limit is None:
-        return f"step {step} ran out of memory: {shortage.made}, and it is taken again"
-    return (
-        f"step {step} ran out of memory with {shortage.tokens:,} tokens in a micro-batch: it is taken again, and from "
-        f"now on one holds at most {shortage.limit:,}; run.microbatch_tokens={shortage.limit} begins so"
-    )
+class Moment(NamedTuple):
+    """When memory ran out."""
+
+    step: int
+    """Counted from 1."""
+    stage: Literal["before", "in", "later", "after"] = "in"
+    """Before any weight of this run, or of this step, was changed; in a later update of the step; after its updates."""
+
+
+def told(step: int, shortage: Shortage, longest: int) -> str:
+    """A line about work at a step, counted from 1, that is done again; a micro-batch must hold `longest` tokens."""
+    limit, work = shortage.limit, shortage.work
+    begin = f"{work} at step {step} ran out of memory" if work else f"step {step} ran out of memory"
+    if limit is None:
+        return f"{begin}: {shortage.made}, and it is {'tried' if work else 'taken'} again"
+    begin += f" with {shortage.tokens:,} tokens in a micro-batch"
+    if work:
+        return f"{begin}: it goes on with at most {limit:,}"
+    advice = f"; run.microbatch_tokens={limit} begins with about that" if limit >= longest else ""
+    return f"{begin}: it is taken again, and from now on one holds at most {limit:,}{advice}"
 
 
 def told_taking(clips: bool) -> str:
@@ -61,19 +73,24 @@ def needing_less(config: TrainingSettings, world: int, longest: int) -> list[str
 
 
 def out_of_memory(
-    error: BaseException, step: int, config: TrainingSettings, mesh: Mesh, held: Mapping[str, int]
+    error: BaseException, moment: Moment, config: TrainingSettings, mesh: Mesh, held: Mapping[str, int]
 ) -> str:
-    """What ended the run at a step, counted from 1, in one line: what holds the memory, and what to write instead."""
+    """What ended the run, in one line: what holds the memory, and what to write instead."""
     longest, budget = config.data.max_length, config.run.microbatch_tokens
     settings = needing_less(config, mesh.world, longest)
+    begin = _AT[moment.stage].format(moment.step)
     if isinstance(error, NoRoom):
         settings = needing_less(config, mesh.world, error.tokens if error.num_sequences == 1 else longest)
-        begin = f"out of memory at step {step}: {error.what} does not fit, and no weight was changed by that step"
+        if error.whole:
+            size = max(error.tokens // 2, longest)
+            settings.insert(0, f"run.step_tokens={size} run.microbatch_tokens={size}" if size < budget else _SHORTER)
+        begin += f": {error.what} does not fit"
+        begin += ", and no weight was changed by that step" if moment.stage == "in" else ""
     elif isinstance(error, Halfway):
-        begin = f"out of memory at step {step}, when some weights had been changed already: it cannot be taken again"
+        begin += ", when some weights had been changed already: it cannot be taken again"
     else:
         settings.insert(0, f"run.microbatch_tokens={max(budget // 2, longest)}" if budget > longest else _LESS)
-        begin = f"out of memory at step {step} with {_gib(in_use(mesh.device))} in use on {mesh.device}"
+        begin += f" with {_gib(in_use(mesh.device))} in use on {mesh.device}"
     if mesh.world > 1:
         begin += "; on several ranks no step is tried again with smaller micro-batches"
     table = ", ".join(f"{name} {_gib(size)}" for name, size in held.items())
@@ -93,3 +110,10 @@ def _gib(size: int) -> str:
 
 
 _LESS = "a smaller run.microbatch_tokens and data.max_length"
+_SHORTER = "a smaller data.max_length with run.microbatch_tokens and run.step_tokens"
+_AT = {
+    "before": "out of memory before step {}",
+    "in": "out of memory at step {}",
+    "later": "out of memory at step {}, of which earlier updates have changed weights",
+    "after": "out of memory after the updates of step {}",
+}

@@ -10,6 +10,7 @@ from burnish.data.files import EMBEDDED
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
 from burnish.engine.roles import Role
+from burnish.engine.room import Room
 from burnish.evaluate.likelihood import held_out_loss
 from burnish.evaluate.tasks import accuracy, accuracy_by_task, answer_prompts, exact_match
 from burnish.evaluate.versus import Scorer, Versus, gold, has_gold
@@ -50,6 +51,14 @@ class Judge:
         self.general = general_sequences(general, tokenizer, template, self.longest) if general else []
         self.versus: Versus | None = None
         self.scorer_name = ""
+        self.room = Room()
+
+    def beside(self, room: Room) -> Self:
+        """The same judge, for whom room is made as for a learner with this one."""
+        self.room = room.beside("evaluation")
+        if self.versus is not None:
+            self.versus.room = self.room
+        return self
 
     def against(self, reference: Role | None, scorer: Scorer | None = None, scorer_name: str = "") -> Self:
         """The same judge, whose verdicts also measure rewards, and the policy against this reference: see `Versus`.
@@ -60,17 +69,17 @@ class Judge:
             scorer, scorer_name = gold, "the embedded world"
         policy, text = Role(self.model, self.adapter), (self.tokenizer, self.template)
         self.versus = Versus(policy, reference, scorer, *text, self.max_tokens, self.microbatch_tokens)
-        self.scorer_name = scorer_name
+        self.versus.room, self.scorer_name = self.room, scorer_name
         return self
 
     def losses(self) -> dict[str, float]:
         """Loss, perplexity and accuracy on the held-out rows, and the loss on general text, named for metrics.jsonl."""
         metrics: dict[str, float] = {}
         if self.held_out:
-            found = held_out_loss(self.model, self.held_out, self.adapter, self.microbatch_tokens)
+            found = held_out_loss(self.model, self.held_out, self.adapter, self.microbatch_tokens, self.room)
             metrics |= {f"eval_{name}": value for name, value in found.items()}
         if self.general:
-            found = held_out_loss(self.model, self.general, self.adapter, self.microbatch_tokens)
+            found = held_out_loss(self.model, self.general, self.adapter, self.microbatch_tokens, self.room)
             metrics["eval_general_loss"] = found["loss"]
         return metrics
 
@@ -105,8 +114,8 @@ class Judge:
         return found
 
 
-def open_judge(task: "Task[Any]", cast: "Cast") -> Judge:
-    """The judge of a policy that learns from its own answers.
+def open_judge(task: "Task[Any]", cast: "Cast", room: Room) -> Judge:
+    """The judge of a policy that learns from its own answers, for whom room is made as for its learner.
 
     Answers to the embedded world's prompts are scored by its graders, which the policy does not learn from; all others
     by the reward that it learns from.
@@ -114,7 +123,7 @@ def open_judge(task: "Task[Any]", cast: "Cast") -> Judge:
     config, prompts = task.config, task.data.held_out[: task.config.evaluate.prompts]
     lengths = (config.data.max_length, max(config.run.microbatch_tokens, config.data.max_length))
     policy, text = cast.policy, (task.tokenizer, task.template)
-    judge = Judge(policy.model, policy.adapter, *text, [], prompts, config.evaluate, lengths)
+    judge = Judge(policy.model, policy.adapter, *text, [], prompts, config.evaluate, lengths).beside(room)
     of_the_world = (config.evaluate.path or config.data.path) == EMBEDDED
     if prompts and of_the_world and has_gold(prompts):
         return judge.against(cast.reference)

@@ -18,16 +18,17 @@ def evaluate_objective(
     batches: Iterable[B],
     objective: Callable[[B], tuple[Tensor, dict[str, Tensor]]],
     count: Callable[[B], float],
+    room: Room | None = None,
 ) -> dict[str, float]:
     """The loss and every named sum of the objective over all batches, divided by their count; dropout is off.
 
-    Batches that memory does not suffice for are divided.
+    Batches that memory does not suffice for are divided: see `room`.
     """
     training = model.training
     model.eval()
     sums: dict[str, float] = {}
     total = 0.0
-    for batch, (loss, metrics) in Room().each(batches, objective):
+    for batch, (loss, metrics) in (room or Room()).each(batches, objective):
         for name, value in {"loss": loss, **metrics}.items():
             sums[name] = sums.get(name, 0.0) + value.double().item()
         total += count(batch)

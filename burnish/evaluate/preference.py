@@ -30,10 +30,17 @@ STRONG = 0.5
 
 @torch.no_grad()
 def score_comparisons(
-    role: Role, comparisons: Comparisons, microbatch_tokens: int, share_prefix: bool = True
+    role: Role,
+    comparisons: Comparisons,
+    microbatch_tokens: int,
+    share_prefix: bool = True,
+    room: Room | None = None,
 ) -> list[float]:
-    """The raw score of every sequence of the comparisons, in their order; dropout is off."""
-    model, room = role.model, Room()
+    """The raw score of every sequence of the comparisons, in their order; dropout is off.
+
+    Batches that memory does not suffice for are divided: see `room`.
+    """
+    model, room = role.model, room or Room()
     found = [0.0] * len(comparisons.sequences)
     sizes = comparisons.sizes(share_prefix)
     training = model.training
@@ -91,12 +98,17 @@ def calibration_error(difference_P: Array, weights_P: Array) -> float:
 
 
 def measure_normaliser(
-    role: Role, comparisons: Comparisons, microbatch_tokens: int, of: str, share_prefix: bool = True
+    role: Role,
+    comparisons: Comparisons,
+    microbatch_tokens: int,
+    of: str,
+    share_prefix: bool = True,
+    room: Room | None = None,
 ) -> Normaliser:
     """Mean and deviation of raw scores: of the best answers of the comparisons (`chosen`), or of all (`all`)."""
     count = min(len(comparisons), NUM_REFERENCE)
     taken = Comparisons.of(comparisons[i * len(comparisons) // count] for i in range(count))
-    scores_S = numpy.asarray(score_comparisons(role, taken, microbatch_tokens, share_prefix))
+    scores_S = numpy.asarray(score_comparisons(role, taken, microbatch_tokens, share_prefix, room))
     if of == "chosen":
         better_P, worse_P, _ = _pairs(taken)
         scores_S = scores_S[sorted(set(better_P.tolist()) - set(worse_P.tolist()))]

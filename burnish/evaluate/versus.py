@@ -47,6 +47,7 @@ class Versus:
         self.scorer, self.tokenizer, self.template = scorer, tokenizer, template
         self.max_tokens, self.microbatch_tokens = max_tokens, microbatch_tokens
         self.start_scores: Scores | None = None
+        self.room = Room()
 
     def measure(self, answers: Sequence[Rollout]) -> tuple[dict[str, float], Scores]:
         """The metrics of the policy, given its greedy answers to the held-out prompts, and the score of each.
@@ -100,7 +101,7 @@ class Versus:
             ratio_T = self.policy.log_probs(batch).double() - reference.log_probs(batch).double()
             return ratio_T.where(batch.weights != 0, 0.0)
 
-        for _, ratio_T in Room().each(batches, log_ratios):
+        for _, ratio_T in self.room.each(batches, log_ratios):
             total, moved = total + ratio_T.sum().item(), moved or bool(ratio_T.any())
         for decoder, mode in modes:
             decoder.train(mode)

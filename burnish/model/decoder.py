@@ -70,8 +70,6 @@ class Decoder(nn.Module):
         so what a first step asks a reference is computed as in later ones.
         """
         self.in_training = False
-        self.states_held: Callable[[], int] = lambda: 0
-        """Bytes that optimizers hold already: after a resume, say."""
         self.model = Trunk(config, weights)
         if config.tied:
             self.lm_head = Linear(_share(self.model.embed_tokens.weight))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from burnish.engine.mesh import Mesh
     from burnish.engine.reference import Refer
     from burnish.engine.roles import Role
+    from burnish.engine.room import Room
     from burnish.losses.preference import Options
     from burnish.model.decoder import Decoder
 
@@ -151,7 +152,8 @@ def main(config: Config) -> dict[str, Any]:
         # 3. The policy trains. The reference is what it starts from, and stays: see `open_reference`.
         model, adapter = open_model(start, config.model, config.adapter, config.run, mesh, optim=config.optim)
         learner = open_learner(model, adapter, config.optim, steps, mesh)
-        policy, refer = Role(model, adapter), open_reference(config, start, model, data, stream, mesh)
+        policy, room = Role(model, adapter), learner.room
+        refer = open_reference(config, start, model, data, stream, mesh, room)
 
         # 4. The method.
         options = options_of(config)
@@ -161,7 +163,7 @@ def main(config: Config) -> dict[str, Any]:
             return preference_loss(pairs, batch.pair_weights, config.mix, options)
 
         def method(batches: Sequence[PreferenceBatch]):
-            return kto_objective(policy, batches, options, mesh) if KTO in config.mix else objective
+            return kto_objective(policy, batches, options, mesh, room) if KTO in config.mix else objective
 
         def count(batch: PreferenceBatch) -> float:
             return batch.num_labels if KTO in config.mix else batch.num_pairs
@@ -169,10 +171,11 @@ def main(config: Config) -> dict[str, Any]:
         # 5. What it is worth: the objective on held-out comparisons, and answers beside the reference's.
         lengths, held_out = (config.data.max_length, budget), [refer(b) for b in one_pass(data.held_out, config)]
         judge = Judge(model, adapter, tokenizer, template, [], data.prompts, config.evaluate, lengths)
-        judge.against(reference_role(model) if adapter else None)
+        judge.beside(room).against(reference_role(model) if adapter else None)
+        aside = room.beside("evaluation")
 
         def preferences() -> dict[str, float]:
-            found = evaluate_objective(model, held_out, method(held_out), count) if held_out else {}
+            found = evaluate_objective(model, held_out, method(held_out), count, aside) if held_out else {}
             return {f"eval_{name}": value for name, value in by_kind(found).items()}
 
         def verdict(before: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -196,7 +199,13 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def open_reference(
-    config: Config, start: Start, model: "Decoder", data: PreparedPreferences, stream: ComparisonStream, mesh: "Mesh"
+    config: Config,
+    start: Start,
+    model: "Decoder",
+    data: PreparedPreferences,
+    stream: ComparisonStream,
+    mesh: "Mesh",
+    room: "Room",
 ) -> "Refer":
     """What adds the reference's log-probs to a batch: of the adapter that training goes on from, or of the base beneath
     a fresh one. With full weights the model itself is the reference as long as no step is taken: it is asked about all
@@ -209,7 +218,7 @@ def open_reference(
         return no_reference(mesh)
     role = reference_role(model)
     if config.reference == "on_the_fly" or (config.reference == "auto" and config.adapter.kind != "none"):
-        return asked(role, mesh)
+        return asked(role, mesh, room)
     streams = [stream]
     if len(data.held_out):
         budget, share = config.run.microbatch_tokens, config.share_prefix
@@ -218,7 +227,7 @@ def open_reference(
     about = about_model(start, config.model, config.run, dtype, mesh.device)
     with progress_bar("asking the reference") as progress:
         known = remembered(
-            (data.train, data.held_out), about, lambda: ask_about_all(role, streams, mesh, progress), mesh
+            (data.train, data.held_out), about, lambda: ask_about_all(role, streams, mesh, progress, room), mesh
         )
     return looked_up(known, mesh)
 
@@ -239,7 +248,7 @@ def options_of(config: Config) -> "Options":
 
 
 def kto_objective(
-    policy: "Role", batches: Sequence[PreferenceBatch], options: "Options", mesh: "Mesh"
+    policy: "Role", batches: Sequence[PreferenceBatch], options: "Options", mesh: "Mesh", room: "Room"
 ) -> "Objective[PreferenceBatch]":
     """KTO's loss for these batches (Ethayarajh et al. 2024): each answer against the divergence from the reference.
 
@@ -254,7 +263,8 @@ def kto_objective(
         return answer_sums(policy.log_probs(batch) - batch.reference_log_probs, batch)
 
     with torch.no_grad():
-        parts = [kto_divergence(log_ratios(batch), batch.labels) for batch in batches]
+        found = room.each(batches, lambda batch: kto_divergence(log_ratios(batch), batch.labels))
+        parts = [part for _, part in found]
         total, number = mesh.sum(torch.stack(parts).sum(0))
     divergence = total / number.clamp(min=1)
     return lambda batch: kto_loss(log_ratios(batch), batch.labels, divergence, options)

@@ -52,7 +52,7 @@ def main(config: Config) -> dict[str, Any]:
 
     import torch
 
-    from burnish.engine.assemble import learner_of, save_trained
+    from burnish.engine.assemble import open_learner, save_trained
     from burnish.engine.mesh import open_mesh
     from burnish.engine.run import Run
     from burnish.evaluate.judge import open_judge
@@ -68,7 +68,7 @@ def main(config: Config) -> dict[str, Any]:
         cast = open_cast(task, mesh)
         policy, reference = cast.policy, cast.reference
         updates = config.epochs * config.minibatches
-        learner = learner_of(cast.policy_parameters, config.optim, task.steps * updates, mesh)
+        learner = open_learner(policy.model, policy.adapter, config.optim, task.steps * updates, mesh, counted=False)
         practice = Practice(task, cast, mesh, config.minibatches, learner.room)
 
         # 3. Before any weight changes: log-probs of the answers, and how each compares with the others of its group.
@@ -97,7 +97,7 @@ def main(config: Config) -> dict[str, Any]:
         def count(batch: RolloutBatch) -> float:
             return averaging(batch, config.average, config.rollout.max_tokens)[1]
 
-        judge = open_judge(task, cast)
+        judge = open_judge(task, cast, learner.room)
         with Run(config, [learner], cast.models, task.steps, practice.fingerprint, practice.states) as run:
             before = run.once("before", judge.verdict)
             for step in run.steps():

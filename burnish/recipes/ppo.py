@@ -91,7 +91,7 @@ def main(config: Config) -> dict[str, Any]:
 
     import torch
 
-    from burnish.engine.assemble import learner_of, save_trained
+    from burnish.engine.assemble import open_learner, save_trained
     from burnish.engine.mesh import open_mesh
     from burnish.engine.run import Run
     from burnish.evaluate.judge import open_judge
@@ -108,8 +108,10 @@ def main(config: Config) -> dict[str, Any]:
         policy, reference, value = cast.policy, cast.reference, cast.value
         assert value is not None
         updates, warmup = config.epochs * config.minibatches, config.value.warmup
-        policy_learner = learner_of(cast.policy_parameters, config.optim, (task.steps - warmup) * updates, mesh)
-        value_learner = learner_of(cast.value_parameters, config.value_optim, task.steps * updates, mesh)
+        steps, own, optim = (task.steps - warmup) * updates, cast.policy_parameters, config.value_optim
+        policy_learner = open_learner(policy.model, policy.adapter, config.optim, steps, mesh, own, counted=False)
+        steps, own = task.steps * updates, cast.value_parameters
+        value_learner = open_learner(value.model, value.adapter, optim, steps, mesh, own, False, policy_learner)
         practice = Practice(task, cast, mesh, config.minibatches, policy_learner.room)
 
         # 3. What each token earned, and how much of it the value model did not expect; before any weight changes.
@@ -140,7 +142,7 @@ def main(config: Config) -> dict[str, Any]:
             values = value.values(batch)
             return value_loss(values, batch.old_values, batch.returns, batch.value_weights, config.value.clip)
 
-        judge = open_judge(task, cast)
+        judge = open_judge(task, cast, policy_learner.room)
         learners = [policy_learner, value_learner]
         with Run(config, learners, cast.models, task.steps, practice.fingerprint, practice.states) as run:
             before = run.once("before", judge.verdict)

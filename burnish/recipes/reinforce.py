@@ -31,7 +31,7 @@ def main(config: Config) -> dict[str, Any]:
 
     import torch
 
-    from burnish.engine.assemble import learner_of, save_trained
+    from burnish.engine.assemble import open_learner, save_trained
     from burnish.engine.mesh import open_mesh
     from burnish.engine.run import Run
     from burnish.evaluate.judge import open_judge
@@ -47,7 +47,7 @@ def main(config: Config) -> dict[str, Any]:
         cast = open_cast(task, mesh)
         policy, reference = cast.policy, cast.reference
         updates = config.epochs * config.minibatches
-        learner = learner_of(cast.policy_parameters, config.optim, task.steps * updates, mesh)
+        learner = open_learner(policy.model, policy.adapter, config.optim, task.steps * updates, mesh, counted=False)
         practice = Practice(task, cast, mesh, config.minibatches, learner.room)
 
         # 3. Before any weight changes: what each token earned, and all that came after it.
@@ -65,7 +65,7 @@ def main(config: Config) -> dict[str, Any]:
             now = policy.log_probs(batch)
             return ppo_loss(now, batch.old_log_probs, batch.advantages, batch.weights, config.clip)
 
-        judge = open_judge(task, cast)
+        judge = open_judge(task, cast, learner.room)
         with Run(config, [learner], cast.models, task.steps, practice.fingerprint, practice.states) as run:
             before = run.once("before", judge.verdict)
             for step in run.steps():

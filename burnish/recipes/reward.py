@@ -53,7 +53,7 @@ def main(config: Config) -> dict[str, Any]:
 
     from tqdm import tqdm
 
-    from burnish.engine.assemble import learner_of
+    from burnish.engine.assemble import open_learner
     from burnish.engine.mesh import open_mesh
     from burnish.engine.reward_training import open_reward_model, reward_parameters, save_reward
     from burnish.engine.rewards import REWARD, Normaliser
@@ -77,8 +77,8 @@ def main(config: Config) -> dict[str, Any]:
 
         # 3. The model: the trunk that `from` left, and on it a fresh head.
         model, adapter = open_reward_model(start, config, mesh)
-        learner = learner_of(reward_parameters(model, adapter), config.optim, steps, mesh)
-        reward = Role(model, adapter, REWARD)
+        learner = open_learner(model, adapter, config.optim, steps, mesh, reward_parameters(model, adapter))
+        reward, room = Role(model, adapter, REWARD), learner.room.beside("evaluation")
 
         # 4. The method.
         def objective(batch: PreferenceBatch):
@@ -89,7 +89,8 @@ def main(config: Config) -> dict[str, Any]:
         def metrics() -> dict[str, float]:
             if not len(data.held_out):
                 return {}
-            found = ranking_metrics(score_comparisons(reward, data.held_out, budget, share), data.held_out)
+            scores = score_comparisons(reward, data.held_out, budget, share, room)
+            found = ranking_metrics(scores, data.held_out)
             return {f"eval_{name}": value for name, value in found.items()}
 
         def verdict() -> dict[str, Any]:
@@ -111,7 +112,7 @@ def main(config: Config) -> dict[str, Any]:
             # 6. What is left of it: a model or an adapter folder with what its scores mean, the table, the page.
             scale = Normaliser()
             if config.normalise != "none":
-                scale = measure_normaliser(reward, data.train, budget, config.normalise, share)
+                scale = measure_normaliser(reward, data.train, budget, config.normalise, share, room)
             save_reward(learner, model, start, config, tokenizer, template, scale)
             method = method_name(config.model.storage, config.adapter.kind, "reward model")
             return finish(run, run.folder, method, before, after)

@@ -25,7 +25,7 @@ def main(config: Config) -> dict[str, Any]:
 
     import torch
 
-    from burnish.engine.assemble import learner_of, save_trained
+    from burnish.engine.assemble import open_learner, save_trained
     from burnish.engine.mesh import open_mesh
     from burnish.engine.run import Run
     from burnish.evaluate.judge import open_judge
@@ -40,7 +40,7 @@ def main(config: Config) -> dict[str, Any]:
         # 2. The policy learns; the reference and the reward stay as they are.
         cast = open_cast(task, mesh)
         policy, reference = cast.policy, cast.reference
-        learner = learner_of(cast.policy_parameters, config.optim, task.steps, mesh)
+        learner = open_learner(policy.model, policy.adapter, config.optim, task.steps, mesh, counted=False)
         practice = Practice(task, cast, mesh, room=learner.room)
 
         # 3. Before any weight changes: log-probs of the answers, and what each is worth: R = score − β Σ_t k_t.
@@ -60,7 +60,7 @@ def main(config: Config) -> dict[str, Any]:
             _, metrics = reinforce_loss(now, old, batch.advantages, averaging(batch, "sequence", 1)[0])
             return loss, metrics
 
-        judge = open_judge(task, cast)
+        judge = open_judge(task, cast, learner.room)
         with Run(config, [learner], cast.models, task.steps, practice.fingerprint, practice.states) as run:
             before = run.once("before", judge.verdict)
             for step in run.steps():

@@ -56,6 +56,7 @@ def main(config: Config) -> dict[str, Any]:
         learner = open_learner(model, adapter, config.optim, steps, mesh)
         lengths = (config.data.max_length, budget)
         judge = Judge(model, adapter, tokenizer, template, data.held_out, data.prompts, config.evaluate, lengths)
+        judge.beside(learner.room)
 
         # 4. The method.
         def objective(batch: Batch):

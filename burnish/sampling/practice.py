@@ -8,11 +8,14 @@ import torch
 from tqdm import tqdm
 
 from burnish.engine.mesh import Mesh
+from burnish.engine.relief import Relief
 from burnish.engine.room import Room
 from burnish.losses.kl import KLController
+from burnish.model.decoder import Decoder
 from burnish.sampling.cast import Cast
 from burnish.sampling.experience import Actor, Minibatches, Phases, arrange, averaged
 from burnish.sampling.health import Health, line, vital_signs
+from burnish.sampling.reward_model import AdapterScorer, ModelScorer
 from burnish.sampling.task import C, Task
 from burnish.types import Rollout, RolloutBatch
 
@@ -32,8 +35,16 @@ class Practice:
         self.cast, self.mesh, self.minibatches = cast, mesh, minibatches
         self.budget, self.failed = config.run.microbatch_tokens, 0
         self.room = room or Room()
-        self.limit = self.room.limit
-        """What a micro-batch held when the step under way was observed."""
+        if isinstance(self.room.relieve, Relief):
+            for model in cast.models.modules():
+                if isinstance(model, Decoder):
+                    self.room.relieve.add(model)
+        scorer = cast.reward.scorer
+        if isinstance(scorer, AdapterScorer | ModelScorer):
+            scorer.room = self.room.beside("scoring")
+        self.shortages, self.copied = 0, 0.0
+        """Of the step under way: how many there had been before it was observed, and the tokens of prompts that stand
+        in several parts of a micro-batch since."""
         self.stream = task.stream(mesh.rank, mesh.world)
         self.actor = Actor(cast.policy, task.tokenizer, task.template, config.rollout, config.run.seed, mesh)
         self.controller = KLController(config.kl.beta, config.kl.target, config.kl.horizon)
@@ -58,8 +69,10 @@ class Practice:
         self.rollouts = [replace(rollout, score=score) for rollout, score in zip(answered, scores, strict=True)]
         with self.phases("observing"):
             arranged = arrange(self.rollouts, self.minibatches, self.budget, self.mesh)
-            self.limit = self.room.limit
-            return [[found for _, found in self.room.each(minibatch, observe)] for minibatch in arranged]
+            self.shortages = self.room.shortages
+            observed = [[found for _, found in self.room.each(minibatch, observe)] for minibatch in arranged]
+            self.copied = float(_num_positions(observed) - _num_positions(arranged))
+            return observed
 
     def metrics(
         self, step: int, minibatches: Minibatches, updates: Sequence[Mapping[str, float]], **more: Sequence[Any]
@@ -70,13 +83,16 @@ class Practice:
         `updates` are the learner's, and `more` those of others by name, which becomes the prefix of their metrics.
         """
         # The update's first pass is the one that the old log-probs came from: any other ratio than 1 is our mistake.
-        # Where memory ran out on the way, it was made of smaller micro-batches, which round in another way.
-        exact = bool(updates) and self.room.limit == self.limit
+        # Where memory ran out on the way, micro-batches are smaller, or padded as what was given back did not do: both
+        # round in another way.
+        exact = bool(updates) and self.room.shortages == self.shortages
         assert not exact or updates[0]["approx_kl"] == 0, f"the first ratio is not 1: {updates[0]['approx_kl']}"
         signs = vital_signs(self.rollouts, [b for minibatch in minibatches for b in minibatch], self.mesh)
-        found = averaged(updates) | signs | {"failed": float(self.failed), "beta": self.controller.beta}
-        for name, others in more.items():
-            found |= averaged(others, f"{name}_")
+        found = signs | {"failed": float(self.failed), "beta": self.controller.beta}
+        for prefix, own in {"": updates, **{f"{name}_": others for name, others in more.items()}}.items():
+            found |= averaged(own, prefix)
+            if own:  # as many tokens as there are where memory suffices
+                found[f"{prefix}tokens"] -= self.copied * len(own) / len(minibatches)
         found.setdefault("tokens", found.pop("value_tokens", 0.0))
         found.setdefault("loss", found.get("value_loss", 0.0))
         found |= {f"{name}_seconds": seconds for name, seconds in self.phases.seconds.items()}
@@ -100,3 +116,7 @@ class Practice:
             }
             for rollout in self.rollouts[:NUM_SAMPLES]
         ]
+
+
+def _num_positions(minibatches: Minibatches) -> int:
+    return sum(len(batch.tokens) for minibatch in minibatches for batch in minibatch)

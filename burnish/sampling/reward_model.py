@@ -33,13 +33,14 @@ class AdapterScorer:
             mesh,
             microbatch_tokens,
         )
+        self.room = Room()
 
     problem: str | None
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """The normalised scores of the answers."""
         ids = [(*rollout.prompt_ids, *rollout.answer_ids) for rollout in rollouts]
-        scores = last_values(self.role, ids, self.microbatch_tokens, self.mesh)
+        scores = last_values(self.role, ids, self.microbatch_tokens, self.mesh, self.room)
         return [self.normaliser(score) for score in scores]
 
 
@@ -51,14 +52,15 @@ class ModelScorer:
     ) -> None:
         self.name, self.problem = f"the reward model in {folder}", None
         self.normaliser, self.role, self.microbatch_tokens = normaliser(folder), role, microbatch_tokens
-        self.tokenizer, self.template = tokenizer, template
+        self.tokenizer, self.template, self.room = tokenizer, template, Room()
 
     problem: str | None
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """The normalised scores of the answers; None for one that its template or its context does not take."""
         found = [self._ids(rollout) for rollout in rollouts]
-        scores = iter(last_values(self.role, [ids for ids in found if ids is not None], self.microbatch_tokens))
+        readable = [ids for ids in found if ids is not None]
+        scores = iter(last_values(self.role, readable, self.microbatch_tokens, room=self.room))
         return [None if ids is None else self.normaliser(next(scores)) for ids in found]
 
     def _ids(self, rollout: Rollout) -> list[int] | None:
@@ -90,13 +92,19 @@ def open_model_scorer(folder: Path, storage: str, device: torch.device, microbat
 
 
 @torch.no_grad()
-def last_values(role: Role, sequences: Sequence[Ids], microbatch_tokens: int, mesh: Mesh | None = None) -> list[float]:
+def last_values(
+    role: Role,
+    sequences: Sequence[Ids],
+    microbatch_tokens: int,
+    mesh: Mesh | None = None,
+    room: Room | None = None,
+) -> list[float]:
     """What the role's head reads at the last token of each sequence, in fp32.
 
     With `mesh` the model may be laid over ranks, all of which must call it: a rank with fewer batches goes through the
     model as often as the others.
     """
-    model, room, found = role.model, Room(), [0.0] * len(sequences)
+    model, room, found = role.model, room or Room(), [0.0] * len(sequences)
     lengths = [len(ids) for ids in sequences]
     packs = pack(lengths, max([microbatch_tokens, *lengths]))
     passes = max(mesh.collect(len(packs))) if mesh is not None and mesh.world > 1 else len(packs)

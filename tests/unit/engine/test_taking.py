@@ -17,7 +17,7 @@ from burnish.engine.memory import explained_peak
 from burnish.engine.mesh import Mesh
 from burnish.engine.planner import Planner
 from burnish.engine.room import Halfway, NoRoom
-from burnish.engine.shortage import holdings
+from burnish.engine.shortage import Moment, holdings, out_of_memory
 from burnish.engine.start import Start
 from burnish.losses.likelihood import cross_entropy
 from burnish.model.decoder import Decoder
@@ -91,7 +91,7 @@ def test_the_bits_are_those_of_the_ordinary_step(tmp_path: Path, kind: str, clip
     for batch in BATCHES:
         assert taken.step([batch]) == ordinary.step([batch])
     assert same(taken.all(), ordinary.all())
-    assert taken.passes == ordinary.passes * (2 if clip else 1)
+    assert taken.passes == (6 if clip else 4)  # unclipped, the first step alone is measured before it changes anything
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.3])
@@ -191,10 +191,52 @@ def test_a_step_is_taken_again_until_it_has_changed_a_weight(tmp_path: Path) -> 
     Full(run, layers + 5)
     with pytest.raises(Halfway):
         run.step([BATCHES[0]])
-    free = Opened(tmp_path, 0.0, True)
-    Full(free, 5)
+
+
+def test_without_clipping_a_step_is_taken_again_until_memory_has_sufficed_for_one(tmp_path: Path) -> None:
+    ordinary = Opened(tmp_path, 0.0, False)
+    wanted = [ordinary.step([batch]) for batch in BATCHES]
+    for at in (3, 5):
+        run = Opened(tmp_path, 0.0, True)
+        run.learner.room.relieve = lambda: "what there was"
+        Full(run, at)
+        assert [run.step([batch]) for batch in BATCHES] == wanted
+        assert same(run.all(), ordinary.all())
+        assert run.passes == 5  # what failed, what measured, and three that stepped
+    largest = Opened(tmp_path, 0.0, True)
+    for sizes, passes in (([20], 2), ([20], 3), ([24], 5), ([20], 6)):
+        largest.step([tiny_batch(sizes, 256)])
+        assert largest.passes == passes
+    largest.learner.room.recover = lambda: True  # states are back: there is less room than there was
+    for passes in (7, 9):
+        largest.step([tiny_batch([20], 256)])
+        assert largest.passes == passes
+    Full(largest, 2)
+    largest.learner.room.recover, largest.learner.room.relieve = None, lambda: "what there was"
+    largest.step([tiny_batch([20], 256)])
+    Full(largest, 5)
     with pytest.raises(Halfway):
-        free.step([BATCHES[0]])
+        largest.step([tiny_batch([20], 256)])
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.3])
+def test_a_step_whose_gradients_are_taken_is_not_divided(tmp_path: Path, clip: float) -> None:
+    """Of two parts all gradients would be there together: more than there was no room for."""
+    run = Opened(tmp_path, clip, True)
+    before = run.weights()
+    run.learner.room.relieve = None
+    Full(run, 2)
+    with pytest.raises(NoRoom) as error:
+        run.step([BATCHES[0]])
+    assert (error.value.whole, error.value.in_step, run.learner.room.limit) == (True, True, None)
+    assert same(run.weights(), before)
+    config = build(TrainingSettings, {"data": {"max_length": 24}, "run": {"microbatch_tokens": 64, "step_tokens": 64}})
+    said = out_of_memory(error.value, Moment(3), config, Mesh(CPU), {})
+    assert "at step 3: a micro-batch of 64 tokens, whole so that gradients are taken as they appear, does not" in said
+    assert "needs less: run.step_tokens=32 run.microbatch_tokens=32, " in said
+    same_length = {"data": {"max_length": 64}, "run": {"microbatch_tokens": 64, "step_tokens": 64}}
+    said = out_of_memory(error.value, Moment(3), build(TrainingSettings, same_length), Mesh(CPU), {})
+    assert "a smaller data.max_length with run.microbatch_tokens and run.step_tokens" in said
 
 
 def test_below_one_sequence_no_weight_is_changed(tmp_path: Path) -> None:
@@ -238,12 +280,12 @@ def test_a_plan_wants_it_only_for_steps_of_one_micro_batch(tmp_path: Path) -> No
     trained = sum(p.nbytes for p in run.learner.parameters.values())
     for tokens, passing in ((64, sum(sizes) - max(sizes)), (65, 0)):
         settings = build(TrainingSettings, {"run": {"microbatch_tokens": 64, "step_tokens": tokens}}).run
-        planner = Planner(run.decoder, settings, 2.04, CPU, run.learner.optimizer)
+        planner = Planner(run.decoder, settings, 2.04, CPU, [run.learner.optimizer])
         held = planner.held()
         assert held.passing == passing
         assert held.to_come == trained + run.learner.optimizer.to_come()
     run.taking.wanted = True
     settings = build(TrainingSettings, {"run": {"microbatch_tokens": 64, "step_tokens": 64}}).run
-    held = Planner(run.decoder, settings, 2.04, CPU, run.learner.optimizer).held()
+    held = Planner(run.decoder, settings, 2.04, CPU, [run.learner.optimizer]).held()
     assert held.to_come == trained - sum(sizes) + max(sizes) + run.learner.optimizer.to_come()
     assert held.passing == 0

@@ -247,7 +247,7 @@ def test_how_a_step_is_cut_does_not_change_it(folder, loss):
         for _ in range(3):
             units = iter(random_units(8, labels=loss == "kto"))
             batches = [refer(collate_comparisons([next(units) for _ in range(size)])) for size in cut]
-            method = kto_objective(policy, batches, options, MESH) if loss == "kto" else objective
+            method = kto_objective(policy, batches, options, MESH, learner.room) if loss == "kto" else objective
             metrics = learner.step(batches, method, lambda b: b.num_labels if loss == "kto" else b.num_pairs)
             curve.append(tuple(value for name, value in sorted(metrics.items()) if name != "tokens"))
         curves.append(torch.tensor(curve))
