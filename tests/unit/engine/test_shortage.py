@@ -14,8 +14,8 @@ from burnish.config import build
 from burnish.data.dividing import within
 from burnish.engine.learner import Learner
 from burnish.engine.mesh import Mesh
-from burnish.engine.room import Halfway, NoRoom, Shortage
-from burnish.engine.shortage import Moment, holdings, needing_less, out_of_memory, told, told_taking
+from burnish.engine.room import Halfway, NoRoom
+from burnish.engine.shortage import Moment, holdings, needing_less, out_of_memory, told_taking
 from burnish.model.decoder import Decoder
 from burnish.optim.adamw import adamw, state_bytes
 from burnish.recipes.grpo import Config as Grpo
