@@ -152,8 +152,7 @@ def main(config: Config) -> dict[str, Any]:
         # 3. The policy trains. The reference is what it starts from, and stays: see `open_reference`.
         model, adapter = open_model(start, config.model, config.adapter, config.run, mesh, optim=config.optim)
         learner = open_learner(model, adapter, config.optim, steps, mesh)
-        policy, room = Role(model, adapter), learner.room
-        refer = open_reference(config, start, model, data, stream, mesh, room)
+        policy, refer = Role(model, adapter), open_reference(config, start, model, data, stream, mesh, learner.room)
 
         # 4. The method.
         options = options_of(config)
@@ -162,7 +161,7 @@ def main(config: Config) -> dict[str, Any]:
             pairs = pairs_of(policy.log_probs(batch), batch.reference_log_probs, batch)
             return preference_loss(pairs, batch.pair_weights, config.mix, options)
 
-        def method(batches: Sequence[PreferenceBatch]):
+        def method(batches: Sequence[PreferenceBatch], room: "Room"):
             return kto_objective(policy, batches, options, mesh, room) if KTO in config.mix else objective
 
         def count(batch: PreferenceBatch) -> float:
@@ -171,11 +170,11 @@ def main(config: Config) -> dict[str, Any]:
         # 5. What it is worth: the objective on held-out comparisons, and answers beside the reference's.
         lengths, held_out = (config.data.max_length, budget), [refer(b) for b in one_pass(data.held_out, config)]
         judge = Judge(model, adapter, tokenizer, template, [], data.prompts, config.evaluate, lengths)
-        judge.beside(room).against(reference_role(model) if adapter else None)
-        aside = room.beside("evaluation")
+        judge.beside(learner.room).against(reference_role(model) if adapter else None)
 
         def preferences() -> dict[str, float]:
-            found = evaluate_objective(model, held_out, method(held_out), count, aside) if held_out else {}
+            aside = judge.room
+            found = evaluate_objective(model, held_out, method(held_out, aside), count, aside) if held_out else {}
             return {f"eval_{name}": value for name, value in by_kind(found).items()}
 
         def verdict(before: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -187,7 +186,7 @@ def main(config: Config) -> dict[str, Any]:
             before = run.once("before", verdict)
             for step in run.steps():
                 batches = [refer(batch) for batch in stream.step(step)]
-                run.log(by_kind(learner.step(batches, method(batches), count)))
+                run.log(by_kind(learner.step(batches, method(batches, learner.room), count)))
                 if config.evaluate.every and (step + 1) % config.evaluate.every == 0:
                     run.log_evaluation(preferences() | judge.losses())
             after = run.once("after", lambda: verdict(before))

@@ -107,10 +107,9 @@ def main(config: Config) -> dict[str, Any]:
         cast = open_cast(task, mesh, with_value=True)
         policy, reference, value = cast.policy, cast.reference, cast.value
         assert value is not None
-        updates, warmup = config.epochs * config.minibatches, config.value.warmup
-        steps, own, optim = (task.steps - warmup) * updates, cast.policy_parameters, config.value_optim
-        policy_learner = open_learner(policy.model, policy.adapter, config.optim, steps, mesh, own, counted=False)
-        steps, own = task.steps * updates, cast.value_parameters
+        updates, warmup, optim = config.epochs * config.minibatches, config.value.warmup, config.value_optim
+        steps, spared, own = task.steps * updates, warmup * updates, cast.value_parameters
+        policy_learner = open_learner(policy.model, policy.adapter, config.optim, steps - spared, mesh, counted=False)
         value_learner = open_learner(value.model, value.adapter, optim, steps, mesh, own, False, policy_learner)
         practice = Practice(task, cast, mesh, config.minibatches, policy_learner.room)
 
@@ -163,8 +162,7 @@ def main(config: Config) -> dict[str, Any]:
             # 5. What is left of it: the policy's adapter, the value model's beside it, the table, the page.
             save_trained(policy_learner, policy.model, run.folder, task.start, config, task.tokenizer, task.template)
             save_value(cast, run.folder / "value", task, value_learner)
-            method = method_name(config.model.storage, config.adapter.kind, "PPO")
-            return finish(run, run.folder, method, before, after)
+            return finish(run, run.folder, method_name(config.model.storage, config.adapter.kind, "PPO"), before, after)
 
 
 def checked(task: Task[Config]) -> Config:

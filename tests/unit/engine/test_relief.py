@@ -267,7 +267,7 @@ def test_the_end_says_that_earlier_updates_have_changed_weights(
     assert said.endswith(ending(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("method", ["dpo", "reward", "sft", "ppo"])
+@pytest.mark.parametrize("method", ["dpo", "kto", "reward", "sft", "ppo"])
 def test_measuring_makes_room_and_remembers_how_much(
     method: str, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -291,7 +291,8 @@ def test_measuring_makes_room_and_remembers_how_much(
         more |= {"evaluate": {"fraction": 0.3}, "reward": {"path": str(reward_adapter(world / "base", tmp_path / "r"))}}
         train(method, world, tmp_path / "run", **more)
     else:
-        folder = start(method, "run", **more)
+        more |= {"loss": "kto", "run": {"steps": 0}} if method == "kto" else {}
+        folder = start("dpo" if method == "kto" else method, "run", **more)
         assert {"before.json", "after.json"} <= {path.name for path in folder.iterdir()}
     said = capsys.readouterr().out
     works = {work for work, room in rooms if room.shortages}
