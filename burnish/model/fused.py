@@ -56,11 +56,12 @@ class FusedBlocks:
         goes_back = torch.is_grad_enabled() and (x_TD.requires_grad or len(parameters) > 0)
         num_tokens = len(x_TD)
         if self.graphs is not None and plan.tile is None:
-            about = (factors, parameters, plan, goes_back)
-            hidden_TD = self.graphs(x_TD, given, *about)
-            if hidden_TD is not None:
-                return hidden_TD
-            x_TD, given = self.graphs.padded(x_TD, given, *about)
+            key = self.graphs.key(x_TD, given, factors, parameters, plan, goes_back)
+            if key is not None:
+                hidden_TD = self.graphs(key, x_TD, given, parameters)
+                if hidden_TD is not None:
+                    return hidden_TD
+                x_TD, given = self.graphs.padded(key, x_TD, given)
         run = FusedPass(self.trunk, given, factors, x_TD.dtype, plan)
         if not goes_back:
             return run.forward(x_TD)[:num_tokens]

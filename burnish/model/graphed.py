@@ -111,47 +111,42 @@ class Graphs:
         """Passes that are recorded by now."""
         return len(self._recordings)
 
-    def __call__(
+    def key(
         self,
-        x_TD: Float[Tensor, "T D"],
+        x: Float[Tensor, "T D"],
         given: Pass,
         factors: Factors | None,
         parameters: Sequence[nn.Parameter],
         plan: Plan,
         goes_back: bool,
-    ) -> Float[Tensor, "T D"] | None:
-        """The hidden states, differentiable where the pass `goes_back`; None where it must run as it is.
+    ) -> Key | None:
+        """What the pass is padded to, recorded yet or not; None where it must run as it is.
 
-        `parameters` are those that train.
+        `parameters` are those that train; `goes_back`: the pass has a backward half.
         """
-        if not self._takes(x_TD, given, factors, parameters, plan):
+        if not self._takes(x, given, factors, parameters, plan):
             return None
-        recording = self._recording(self._key(x_TD, given, factors, plan if goes_back else None), x_TD, given)
+        return self._key(x, given, factors, plan if goes_back else None)
+
+    def __call__(
+        self, key: Key, x_TD: Float[Tensor, "T D"], given: Pass, parameters: Sequence[nn.Parameter]
+    ) -> Float[Tensor, "T D"] | None:
+        """The hidden states, differentiable where there is a plan; None where no recording is free."""
+        recording = self._recording(key, x_TD, given)
         if recording is None or recording.lane.busy:
             return None
         self._replays += 1
-        if not goes_back:
+        if key.plan is None:
             with torch.no_grad():
                 return recording.forward(x_TD, given)
         return cast(Tensor, _Replayed.apply(recording, given, x_TD, *parameters))
 
-    def padded(
-        self,
-        x_TD: Float[Tensor, "T D"],
-        given: Pass,
-        factors: Factors | None,
-        parameters: Sequence[nn.Parameter],
-        plan: Plan,
-        goes_back: bool,
-    ) -> tuple[Float[Tensor, "P D"], Pass]:
+    def padded(self, key: Key, x_TD: Float[Tensor, "T D"], given: Pass) -> tuple[Float[Tensor, "P D"], Pass]:
         """A pass that is not recorded, with the rows that its recording has or would have.
 
         Matmuls of other sizes may add up in another order: the numbers of a batch must not depend on whether it has
         been recorded yet.
         """
-        if not self._takes(x_TD, given, factors, parameters, plan):
-            return x_TD, given
-        key = self._key(x_TD, given, factors, plan if goes_back else None)
         return F.pad(x_TD, (0, 0, 0, key.tokens - len(x_TD))), _padded(given, key)
 
     def _takes(
