@@ -23,7 +23,7 @@ import torch
 from benchmarks.contest import Entry, contest, model_folders, open_ours, open_peer, peers_missing, row_of
 from benchmarks.meter import Meter, device_name, here
 from benchmarks.models import RANK, open_random
-from benchmarks.rows import current_commit, read_words, write_row
+from benchmarks.rows import PLACES, current_commit, read_words, write_row
 from benchmarks.shapes import FIRST_ID, SHAPES
 from benchmarks.turns import Clock, Failed, Worker, listen, say
 from burnish import __version__
@@ -46,12 +46,7 @@ WORDS = {
     "rounds": "2",
     "systems": "trl,unsloth",
     "peers": "",
-    "scratch": "/dev/shm/burnish-peers",
-    "logs": "",
-    "results": "",
-    "seconds": "540",
-    "commit": "",
-    "note": "",
+    **PLACES,
 }
 CHOICES = {"shape": SHAPES, "storage": ("nf4", "bf16")}
 NUMBERS = ("pairs", "prompt", "answer", "rounds", "seconds")

@@ -28,7 +28,7 @@ from benchmarks import ppo
 from benchmarks.contest import model_folders, open_ours
 from benchmarks.memory_rows import MOST, ROWS, UNIT, Row, longest, sized
 from benchmarks.meter import device_name, here
-from benchmarks.rows import current_commit, write_row
+from benchmarks.rows import PLACES, current_commit, write_row
 from benchmarks.rows import read_words as read
 from benchmarks.turns import Clock, Failed, Worker
 from burnish.settings import memory_bytes
@@ -42,12 +42,7 @@ WORDS = {
     "optimizer": "adamw8bit",
     "also": "",
     "most": str(MOST),
-    "scratch": "/dev/shm/burnish-peers",
-    "logs": "",
-    "results": "",
-    "seconds": "540",
-    "commit": "",
-    "note": "",
+    **PLACES,
 }
 """What can be asked for, and what is measured where it is not."""
 CHOICES = {

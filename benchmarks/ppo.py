@@ -26,7 +26,7 @@ import torch
 from benchmarks.contest import Entry, contest, model_folders, open_ours, open_peer, peers_missing, row_of
 from benchmarks.meter import device_name, here
 from benchmarks.models import ALPHA, RANK
-from benchmarks.rows import current_commit, read_words, write_row
+from benchmarks.rows import PLACES, current_commit, read_words, write_row
 from benchmarks.shapes import FIRST_ID, SHAPES
 from benchmarks.turns import Clock, Failed, Worker, listen, say
 from burnish import __version__
@@ -41,12 +41,7 @@ WORDS = {
     "rounds": "1",
     "storages": "nf4,bf16",
     "peers": "",
-    "scratch": "/dev/shm/burnish-peers",
-    "logs": "",
-    "results": "",
-    "seconds": "540",
-    "commit": "",
-    "note": "",
+    **PLACES,
 }
 CHOICES = {"shape": SHAPES, "storages": ("nf4,bf16", "nf4", "bf16")}
 NUMBERS = ("prompts", "prompt", "answer", "rounds", "seconds")

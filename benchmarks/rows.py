@@ -34,6 +34,16 @@ COLUMNS = [
 ]
 """New ones come at the end: rows of earlier days stay as they are. A sample is a pair of DPO, an answer of PPO."""
 
+PLACES: Mapping[str, str] = {
+    "scratch": "/dev/shm/burnish-peers",
+    "logs": "",
+    "results": "",
+    "seconds": "540",
+    "commit": "",
+    "note": "",
+}
+"""What every contest and table can be asked for: where it works and writes, how long, and what its rows say of it."""
+
 
 def read_words(
     words: list[str], known: Mapping[str, str], choices: Mapping[str, Collection[str]], numbers: Collection[str]

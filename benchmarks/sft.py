@@ -27,7 +27,7 @@ import torch
 from benchmarks.contest import Entry, contest, model_folders, open_ours, open_peer, peers_missing, row_of
 from benchmarks.meter import Meter, device_gib, device_name, give_back, here
 from benchmarks.models import ALPHA, RANK, open_random
-from benchmarks.rows import current_commit, write_row
+from benchmarks.rows import PLACES, current_commit, write_row
 from benchmarks.rows import read_words as read
 from benchmarks.shapes import SHAPES
 from benchmarks.turns import Clock, Failed, Worker, listen, say
@@ -54,12 +54,7 @@ WORDS = {
     "fp8": "false,true",
     "rounds": "2",
     "peers": "",
-    "scratch": "/dev/shm/burnish-peers",
-    "logs": "",
-    "results": "",
-    "seconds": "540",
-    "commit": "",
-    "note": "",
+    **PLACES,
 }
 """What can be asked for, and what is measured where it is not."""
 ROWS: Mapping[str, Mapping[str, str]] = {
