@@ -1,6 +1,6 @@
 """Peak memory of training under a cap: what fits into how much of a card, a process for each row.
 
-python -m benchmarks.memory [rows=qlora-4x2048,longest] [shape=own] [memory=least] [cap=own] [segments=fixed]
+python -m benchmarks.memory [rows=qlora-4x2048,longest] [shape=own] [memory=least] [cap=own]
                             [optimizer=adamw8bit] [also="run.dtype=fp8"] [most=131072] [scratch=/dev/shm/burnish-peers]
                             [logs=DIR] [results=FILE] [seconds=540] [commit=HASH] [note=TEXT]
 
@@ -11,11 +11,10 @@ warm-up, 3 timed, one explained. The longest sequence is searched for, each leng
 step of warm-up and one timed. A row is not begun when the clock leaves less than it may take; one that does not fit is
 written without figures.
 
-`segments=expandable` has PyTorch's allocator grow its segments, which leaves fewer gaps. `also=` holds settings of a
-training run, which are put in place of the row's own. `shape=tiny` tries all of it out on a CPU.
+`also=` holds settings of a training run, which are put in place of the row's own. `shape=tiny` tries all of it out on
+a CPU.
 """
 
-import os
 import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -38,7 +37,6 @@ WORDS = {
     "shape": "own",
     "memory": "least",
     "cap": "own",
-    "segments": "fixed",
     "optimizer": "adamw8bit",
     "also": "",
     "most": str(MOST),
@@ -47,11 +45,10 @@ WORDS = {
 """What can be asked for, and what is measured where it is not."""
 CHOICES = {
     "shape": ("own", "tiny"),
-    "segments": ("fixed", "expandable"),
     "optimizer": ("adamw", "adamw8bit"),
 }
 NUMBERS = ("most", "seconds")
-TOLD = ("memory", "optimizer", "segments")
+TOLD = ("memory", "optimizer")
 """Words of a row's settings: how all rows of a call are measured."""
 Ask = Callable[[str, Row], dict[str, Any]]
 """What a process measures of a row, which has this name. Raises Failed where it cannot."""
@@ -61,7 +58,6 @@ def main(asked: Mapping[str, str]) -> None:
     """Measures row after row what is asked for; prints the rows and adds them to results.csv as they come."""
     if here().type == "cpu" and asked["shape"] != "tiny":
         sys.exit("benchmarks/memory.py: it measures on a CUDA device, and there is none; shape=tiny tries it out")
-    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = f"expandable_segments:{asked['segments'] == 'expandable'}"
     clock, model = Clock(float(asked["seconds"])), Path(asked["scratch"]) / "model"
     about = {"commit": asked["commit"] or current_commit(), "device": device_name(here()), "torch": torch.__version__}
     with ExitStack() as stack:

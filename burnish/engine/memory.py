@@ -180,6 +180,21 @@ def capped(device: torch.device, cap: int | None) -> Generator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
+def free_bytes(device: torch.device, margin: float = 0.0) -> int:
+    """What can still be allocated on a CUDA device, less a margin; of another device, what the host has.
+
+    The margin is a share of the device's memory, at least 1 GiB, or the same share of what this process may take of it.
+    """
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    free, total = torch.cuda.mem_get_info(device)
+    number = torch.cuda.device(device).idx  # a device may come without one, which the next call wants
+    allowed, reserved = total * torch.cuda.get_per_process_memory_fraction(number), torch.cuda.memory_reserved(device)
+    kept = max(2**30, total * margin) if margin else 0.0
+    left = min(free - kept, allowed * (1 - margin) - reserved)
+    return int(left) + reserved - torch.cuda.memory_allocated(device)
+
+
 def in_use(device: torch.device) -> int:
     """Bytes in use now, for the progress line: CUDA's allocator, or this process's resident memory."""
     if device.type == "cuda":

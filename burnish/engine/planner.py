@@ -23,7 +23,7 @@ from burnish.engine.budget import (
     seconds_of,
     sizes_of,
 )
-from burnish.engine.memory import in_use
+from burnish.engine.memory import free_bytes, in_use
 from burnish.model.adapters import LoRA, linear_layers
 from burnish.model.decoder import Decoder
 from burnish.model.shelf import Plan, keep_everything, keep_inputs
@@ -31,6 +31,8 @@ from burnish.model.storage import Dense
 from burnish.optim.adamw import AdamW, state_bytes
 from burnish.settings import RunSettings, memory_bytes
 
+MARGIN = 0.03
+"""The share of a device's memory that plans leave free, but for the least, which then must just fit."""
 SHARES = 8
 """States of the optimizer go to the host in steps of so many parts of them."""
 LESS = 0.9
@@ -177,17 +179,25 @@ def plan_for(sizes: Sizes, num_blocks: int, memory: str, held: Held, device: tor
     """
     if memory == "auto" and device.type != "cuda":
         return Arranged(keep_everything(num_blocks), 0)
-    room, host_room, fill = room_for(memory, held, device), host_bytes(device), memory != "least"
+    host_room, room, found = host_bytes(device), 0, None
+    for margin, fill in ((MARGIN, memory != "least"), (0.0, False)):  # the least is tried where it may just fit
+        if found is None:
+            room = room_for(memory, held, device, margin)
+            found = _best(sizes, num_blocks, room, host_room, held, fill)
+    if found is None and (device.type == "cuda" or room <= 0):
+        raise ValueError(_too_little(sizes, num_blocks, memory, held, free_bytes(device), host_room))
+    return found or Arranged(keep_inputs(num_blocks), 0)
+
+
+def _best(sizes: Sizes, num_blocks: int, room: int, host_room: int, held: Held, fill: bool) -> Arranged | None:
+    """What costs the fewest seconds, or without `fill` what takes the least, with gradients taken or all together."""
     options = [arrange(sizes, num_blocks, room, host_room, held.movable, fill)]
     if held.passing:
         options.append(
             _taking(arrange(sizes, num_blocks, room + held.passing, host_room, held.movable, fill), sizes, held)
         )
     possible = [option for option in options if option is not None]
-    found = min(possible, key=lambda option: option.seconds, default=None) if fill else next(reversed(possible), None)
-    if found is None and (device.type == "cuda" or room <= 0):
-        raise ValueError(_too_little(sizes, num_blocks, memory, held, free_bytes(device), host_room))
-    return found or Arranged(keep_inputs(num_blocks), 0)
+    return min(possible, key=lambda option: option.seconds, default=None) if fill else next(reversed(possible), None)
 
 
 def arrange(
@@ -218,23 +228,10 @@ def _taking(found: Arranged | None, sizes: Sizes, held: Held) -> Arranged | None
     return found._replace(taken=True, seconds=found.seconds + again)
 
 
-def room_for(memory: str, held: Held, device: torch.device) -> int:
-    """The bytes that are left for a pass, by `run.memory` and what is free."""
-    amount, free = memory_bytes(memory), free_bytes(device)
+def room_for(memory: str, held: Held, device: torch.device, margin: float = MARGIN) -> int:
+    """The bytes that are left for a pass, by `run.memory` and what is free less a margin."""
+    amount, free = memory_bytes(memory), free_bytes(device, margin)
     return (free if amount is None else min(free, amount - held.now)) - held.to_come
-
-
-def free_bytes(device: torch.device) -> int:
-    """What can still be allocated on a CUDA device, less a margin: 3 % of its memory, at least 1 GiB.
-
-    What this process was forbidden to take counts as taken. Of another device, what the host has.
-    """
-    if device.type != "cuda":
-        return psutil.virtual_memory().available
-    free, total = torch.cuda.mem_get_info(device)
-    reserved, allowed = torch.cuda.memory_reserved(device), torch.cuda.get_per_process_memory_fraction(device)
-    left = min(free - max(2**30, total * 3 // 100), int(total * allowed * 0.97) - reserved)
-    return left + reserved - torch.cuda.memory_allocated(device)
 
 
 def host_bytes(device: torch.device) -> int:

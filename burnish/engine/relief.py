@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from burnish.engine.planner import Planner, free_bytes, has_host
+from burnish.engine.memory import free_bytes
+from burnish.engine.planner import MARGIN, Planner, has_host
 from burnish.model.decoder import Decoder
 from burnish.optim.adamw import AdamW
 
@@ -135,4 +136,4 @@ class Relief:
         if planners:
             return min(planner.spare() for planner in planners)
         peak = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
-        return free_bytes(self._device) - max(0, peak - torch.cuda.memory_allocated(self._device))
+        return free_bytes(self._device, MARGIN) - max(0, peak - torch.cuda.memory_allocated(self._device))

@@ -113,11 +113,9 @@ class Bundle:
             yield Launch(self, step, self._table(only, span), span, taking[step], held)
 
     def _find(self, i: int, state_of: State, find: Find) -> _Place:
-        parameter, addresses = self.parameters[i], list[tuple[int, ...]]()
-        for piece in self.pieces[i]:
-            moments = find(parameter, piece).items()
-            begins = [m.data_ptr() - places(name, piece.first) * m.element_size() for name, m in moments]
-            addresses.append(tuple(begins))
+        parameter = self.parameters[i]
+        # No moment is held while the next is asked for: its page may have to leave the device for that.
+        addresses = [_addresses(find(parameter, piece), piece) for piece in self.pieces[i]]
         self._places[i] = place = _Place(addresses, state_of(parameter))
         return place
 
@@ -219,6 +217,11 @@ def is_split(tensor: Tensor) -> bool:
 def local(tensor: Any) -> Tensor:
     """This rank's part of a tensor that is split over ranks; any other tensor as it is."""
     return tensor.to_local() if is_split(tensor) else tensor
+
+
+def _addresses(moments: Mapping[str, Tensor], piece: Piece) -> tuple[int, ...]:
+    """Where the moments of a whole tensor would begin, of which these are a piece's."""
+    return tuple(m.data_ptr() - places(name, piece.first) * m.element_size() for name, m in moments.items())
 
 
 def _only(rows: Iterable[tuple[int, ...]], steps: Iterable[int], step: int) -> list[tuple[int, ...]]:

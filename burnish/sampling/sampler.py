@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from burnish.engine.memory import free_bytes
 from burnish.engine.mesh import Mesh
 from burnish.engine.room import ran_out
 from burnish.model.decoder import Decoder
@@ -114,10 +115,7 @@ class Sampler:
         sharded = self.mesh is not None and self.mesh.world > 1
         if self.dense is not None or sharded or device.type != "cuda":
             return bool(self.dense) and not sharded
-        free, total = torch.cuda.mem_get_info(device)
-        reserved, allowed = torch.cuda.memory_reserved(device), torch.cuda.get_per_process_memory_fraction(device)
-        free = min(free, int(total * allowed) - reserved) + reserved - torch.cuda.memory_allocated(device)
-        return SCRATCH_MARGIN * scratch_bytes(self.model, self.model.dtype) < free
+        return SCRATCH_MARGIN * scratch_bytes(self.model, self.model.dtype) < free_bytes(device)
 
 
 def generate(

@@ -175,7 +175,9 @@ def test_places_beyond_two_to_the_31st() -> None:
     # The two round by chance with other random numbers: neighbours in bf16 at most.
     torch.testing.assert_close(large["w"].view(-1)[-last:], small["w"].view(-1), rtol=2**-7, atol=1e-6)
     assert not large["w"].view(-1)[: 2**31].any()
-    assert torch.equal(large["codes"], small["codes"])
+    assert torch.equal(
+        large["codes"].cpu(), small["codes"].cpu()
+    )  # those of several pages are put together on the host
 
 
 def test_the_host_is_soon_done_with_many_tensors() -> None:

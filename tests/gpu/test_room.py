@@ -34,7 +34,7 @@ class Trial:
     def __init__(
         self, folder: Path, batch: Batch, limit: int | None = None, cap: int = 0, relieved: bool = False
     ) -> None:
-        """`cap` is a limit in bytes for a second step, the plan having been made in a first one without it."""
+        """`limit` and `cap` (bytes) are those of a second step; the first, which plans, is the same for all of them."""
         tokens = len(batch.tokens)
         tree = {
             "model": {"storage": "bf16"},
@@ -44,7 +44,7 @@ class Trial:
         model, adapter = open_model(Start(folder), settings.model, settings.adapter, settings.run, mesh)
         self.learner: Learner = open_learner(model, adapter, settings.optim, 6, mesh)
         self.told: list[Shortage] = []
-        self.learner.room.limit, self.learner.room.told = limit, self.told.append
+        self.learner.room.limit, self.learner.room.told = LIMIT, self.told.append
         if not relieved:
             self.learner.room.relieve = None
 
@@ -53,6 +53,7 @@ class Trial:
             return cross_entropy(scores.log_probs, part.weights, scores.correct)
 
         self.learner.step([batch], objective, lambda part: part.total_weight)
+        self.learner.room.limit = limit
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -87,7 +87,6 @@ def asked(*words: str) -> dict[str, str]:
         ("cap=48", "^cap=48 is no amount: write own, none, or an amount such as 48GB or 5.2GiB$"),
         ("cap=least", "^cap=least is no amount: "),
         ("memory=lots", "^run.memory=lots is no amount: "),
-        ("segments=large", "^segments=large is not known: write one of fixed, expandable$"),
         ("most=0", "^most=0 must be a whole number above 0$"),
     ],
 )
@@ -159,8 +158,7 @@ def test_rows_with_figures_and_without() -> None:
     row, words = ROWS["qlora-1x2048"], asked("note=again", "also=run.dtype=fp8")
     fits = memory.columns_of("qlora-1x2048", row, words, READING | {"versions": "one 1.0"})
     assert fits["settings"] == (
-        "row=qlora-1x2048 cap=4.4GiB memory=least optimizer=adamw8bit segments=fixed sequences=1 length=2048 "
-        "run.dtype=fp8"
+        "row=qlora-1x2048 cap=4.4GiB memory=least optimizer=adamw8bit sequences=1 length=2048 run.dtype=fp8"
     )
     figures = ("step_seconds", "tokens_per_second", "peak_allocated_gib", "peak_reserved_gib", "compile_seconds")
     assert [fits[key] for key in figures] == ["0.5000", "4096", "4.25", "4.38", "3.0"]
@@ -200,7 +198,6 @@ def start(monkeypatch: pytest.MonkeyPatch, folder: Path, source: str) -> None:
         return Worker([sys.executable, "-c", source], log, env, folder)
 
     monkeypatch.setattr(memory, "open_ours", open_worker)
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
 
 
 def test_rows_are_written_as_they_come_and_one_that_breaks_leaves_the_others(
@@ -219,7 +216,6 @@ def test_rows_are_written_as_they_come_and_one_that_breaks_leaves_the_others(
 
 
 def test_a_process_measures_what_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
     words = ["shape=tiny", f"scratch={tmp_path}", f"results={tmp_path}/rows.csv", "commit=c0ffee", "cap=none"]
     memory.main(asked(*words, "rows=full,longest"))
     full, found = compare.read_rows(tmp_path / "rows.csv")
@@ -241,7 +237,7 @@ def test_what_the_host_lends_while_a_model_is_loaded() -> None:
 
 
 def row_of(name: str, cap: str, speed: str, **more: str) -> dict[str, str]:
-    told = f"row={name} cap={cap} memory=least optimizer=adamw8bit segments=fixed sequences=1 length=2048"
+    told = f"row={name} cap={cap} memory=least optimizer=adamw8bit sequences=1 length=2048"
     figures = {"tokens_per_second": speed, "peak_allocated_gib": speed and "4.25", "peak_reserved_gib": speed and "4.4"}
     about = {"benchmark": "memory", "device": "NVIDIA H100", "settings": told, "commit": "c0ffee", "note": ""}
     return about | figures | more
@@ -256,7 +252,7 @@ def test_the_page_has_a_line_for_each_row_and_cap() -> None:
         row_of("longest", "24GB", "4000", tokens_per_step="90112", step_seconds="22.5280"),
     ]
     lines = page.memory(rows)
-    how = "memory=least optimizer=adamw8bit segments=fixed"
+    how = "memory=least optimizer=adamw8bit"
     assert lines[0] == "### Memory: NVIDIA H100"
     assert lines[4:] == [
         f"| QLoRA 7B, 1 x 2,048 |  | 4.4 GiB |  |  |  | 4.4GiB | out of memory under 4.4GiB; {how} | c0ffee |",

@@ -32,9 +32,11 @@ from tests.unit.engine.test_budget import CPU, CUDA, GB, LLAMA_7B, NARROW, PLENT
 BATCH = tiny_batch([40, 24])
 
 
-def arranged(monkeypatch: pytest.MonkeyPatch, memory: str, free: int, held: Held, **changes: object) -> Arranged:
-    """On a CUDA device with so many free bytes, beside a host with plenty."""
-    monkeypatch.setattr(planner, "free_bytes", lambda device: free)
+def arranged(
+    monkeypatch: pytest.MonkeyPatch, memory: str, free: int, held: Held, margin: int = 0, **changes: object
+) -> Arranged:
+    """On a CUDA device with so many free bytes and a margin besides, and a host with plenty."""
+    monkeypatch.setattr(planner, "free_bytes", lambda device, kept=0.0: free + (0 if kept else margin))
     monkeypatch.setattr(planner, "host_bytes", lambda device: PLENTY)
     return plan_for(sizes_of(LLAMA_7B, work(**changes)), 32, memory, held, CUDA)
 
@@ -82,6 +84,18 @@ def test_a_device_that_is_too_small_is_not_told_to_write_an_amount(
     with pytest.raises(ValueError, match=rf"run\.memory={memory}: 4\.9GB of this device can be used") as error:
         plan_on_gpu(monkeypatch, memory, GB - 10**8, Held(4 * GB, GB // 2))
     assert "write a smaller run.microbatch_tokens" in str(error.value)
+
+
+def test_where_only_the_least_fits_the_margin_is_used_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(now=4 * GB, to_come=GB // 2)
+    least = arranged(monkeypatch, "least", 74 * GB, held)
+    needed = peak_bytes(least.plan, sizes_of(LLAMA_7B, work())) + held.to_come
+    for memory in ("least", "auto", "60GB"):
+        assert arranged(monkeypatch, memory, needed - GB, held, margin=GB) == least
+        with pytest.raises(ValueError, match=rf"run\.memory={memory}: .*too little"):
+            arranged(monkeypatch, memory, needed - 2 * GB, held, margin=GB)
+    free = needed + 2 * GB
+    assert arranged(monkeypatch, "auto", free, held, margin=GB) == arranged(monkeypatch, "auto", free, held)
 
 
 def test_on_a_cpu_auto_keeps_everything_and_amounts_are_refused_only_below_the_weights() -> None:
@@ -274,8 +288,8 @@ def test_evicted_states_come_back_and_wait_longer_each_time(tmp_path: Path, monk
         away.append(optimizer.away())
     assert_same((found, last), wanted)
     assert [size > 0 for size in away] == [False, True, False, False, True, True, True, False, False]
-    monkeypatch.setattr(planner, "free_bytes", lambda device: 0)
-    monkeypatch.setattr(relief, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(planner, "free_bytes", lambda device, margin=0.0: 0)
+    monkeypatch.setattr(relief, "free_bytes", lambda device, margin=0.0: 0)
     for fails in (1, *[0] * 20):
         step(run, fails)
     assert optimizer.away() > 0  # there was no room
