@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import burnish
 from benchmarks.turns import Clock, Failed, Worker, median
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -167,8 +166,7 @@ def peer_environment(peers: Path, places: Sequence[str]) -> dict[str, str]:
     """The environment in which Python finds the peers' libraries, and no network is asked for."""
     path = os.pathsep.join([*(str((peers / place).absolute()) for place in places), str(REPOSITORY)])
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_DISABLED": "true"}
-    own = {name: value for name, value in os.environ.items() if (name, value) != burnish.ALLOCATOR}
-    return {**own, **offline, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
+    return {**os.environ, **offline, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
 
 
 @contextmanager

@@ -223,8 +223,8 @@ def head_cases(device: torch.device) -> Iterator[Case]:
     for shape in ((1024, 32000), (512, 128256)):
         logits_KV = torch.randn(shape, device=device)
         targets_K, title = torch.randint(0, shape[1], shape[:1], device=device), f"{shape[0]}x{shape[1]}"
-        for form, dtype, moved in (("read", None, 4), ("read and gradient", torch.bfloat16, 6)):
-            call = partial(read_rows, targets_K=targets_K, softcap=None, dtype=dtype)
+        for form, wanted, moved in (("read", False, 4), ("read and gradient", True, 6)):
+            call = partial(read_rows, targets_K=targets_K, softcap=None, dtype=torch.bfloat16, wants_gradient=wanted)
             yield f"logits {form} {title}", rotated(call, logits_KV), moved * logits_KV.numel()
 
 

@@ -17,26 +17,26 @@ _MOST_COLUMNS = 4096
 
 
 def read_rows(
-    logits: Tensor, targets: Tensor, softcap: float | None, dtype: torch.dtype | None
+    logits: Tensor, targets: Tensor, softcap: float | None, dtype: torch.dtype, wants_gradient: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(log-probability of the target, log Σ exp z, argmax == target, gradient in `dtype` or None) of each row.
 
-    Of several highest logits the first counts. The logits are contiguous; with a gradient they are overwritten.
+    Of several highest logits the first counts. The logits are contiguous; with a gradient they are overwritten. All
+    else is the same to the last bit with a gradient and without: one program computes both.
     """
     rows, columns = logits.shape
     assert logits.is_contiguous()
     log_probs, totals = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     correct = torch.empty(rows, dtype=torch.bool, device=logits.device)
-    gradient = logits if dtype is None else _over(logits, dtype)
+    gradient = _over(logits, dtype)
     if rows:
         block, warps = _launch(columns)
         with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
             _read_rows[(rows,)](
                 logits, targets.contiguous(), log_probs, totals, correct, gradient, columns, gradient.stride(0),
-                softcap or 1.0, CAPPED=softcap is not None, WANTS_GRADIENT=dtype is not None, BLOCK=block,
-                num_warps=warps,
+                int(wants_gradient), softcap or 1.0, CAPPED=softcap is not None, BLOCK=block, num_warps=warps,
             )  # fmt: skip
-    return log_probs, totals, correct, None if dtype is None else gradient
+    return log_probs, totals, correct, gradient if wants_gradient else None
 
 
 def logit_gradient(
@@ -75,10 +75,10 @@ def _launch(columns: int) -> tuple[int, int]:
     return block, block // 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["wants_gradient"])
 def _read_rows(
-    logits, targets, log_probs, totals, correct, gradient, num_columns, gradient_stride, cap,
-    CAPPED: tl.constexpr, WANTS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    logits, targets, log_probs, totals, correct, gradient, num_columns, gradient_stride, wants_gradient, cap,
+    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     here = logits + row * num_columns
@@ -104,7 +104,7 @@ def _read_rows(
     tl.store(log_probs + row, (chosen - top) - log_mass)
     tl.store(totals + row, total)
     tl.store(correct + row, tl.max(beaten, 0) == 0)
-    if WANTS_GRADIENT:
+    if wants_gradient != 0:
         _write_gradient(
             here, gradient + row * gradient_stride, target, total, 1.0, num_columns, cap, CAPPED, BLOCK
         )  # fmt: skip

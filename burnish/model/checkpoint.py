@@ -1,7 +1,8 @@
 """Models from folders and into folders, in Hugging Face layout, one tensor at a time.
 
-Reading never holds more than one full-precision tensor beside what it becomes, so that a checkpoint much larger than
-the host's memory can be quantised onto one card. Everything that a header tells is checked before the first tensor.
+Reading never holds more than one full-precision tensor, or one block as it is kept, beside what it becomes, so that a
+checkpoint much larger than the host's memory can be quantised onto one card. Everything that a header tells is checked
+before the first tensor.
 """
 
 import hashlib

@@ -15,7 +15,7 @@ from burnish.model.families import DecoderConfig
 from burnish.model.fused import FusedBlocks, supported
 from burnish.model.linear import Linear
 from burnish.model.shelf import Plan, keep_everything
-from burnish.model.storage import Dense
+from burnish.model.storage import Dense, lay_in_one_piece
 from burnish.ops.attention import packed_layout, rotary_table, wants_padding
 from burnish.ops.log_probs import chunk_rows, head_logits, target_log_probs
 from burnish.ops.pointwise import soft_cap
@@ -44,8 +44,14 @@ class Trunk(nn.Module):
         shape = (config.vocab_size, config.hidden_size)
         embedding = weights.parameter("model.embed_tokens.weight", shape)
         self.embed_tokens = Embedding(embedding, config.embedding_scale)
-        self.layers = nn.ModuleList(Block(config, index, weights) for index in range(len(config.layers)))
+        self.layers = nn.ModuleList(_block(config, index, weights) for index in range(len(config.layers)))
         self.norm = Norm(weights.parameter("model.norm.weight", (config.hidden_size,)), config)
+
+
+def _block(config: DecoderConfig, index: int, weights: Weights) -> Block:
+    block = Block(config, index, weights)
+    lay_in_one_piece(block)
+    return block
 
 
 class Decoder(nn.Module):

@@ -23,7 +23,7 @@ from burnish.model.factors import Factors, Slots
 from burnish.model.families import DecoderConfig
 from burnish.model.fused_pass import FusedPass, Parts, Trunk, joints_of
 from burnish.model.graphed import Graphs, Recorder
-from burnish.model.joint import Joint, lay_side_by_side
+from burnish.model.joint import Joint
 from burnish.model.layer_gradients import Taking, is_trained
 from burnish.model.shelf import HostMemory, Plan, Shelf
 
@@ -154,8 +154,6 @@ def _parts(block: Block) -> Parts:
     else:
         qkv = Joint([attention.q_proj, attention.k_proj, attention.v_proj])
         gate_up = Joint([mlp.gate_proj, mlp.up_proj])
-    for joint in (qkv, gate_up):
-        lay_side_by_side(joint.layers)
     norms = cast(Norm, getattr(block, names[0])), cast(Norm, getattr(block, names[1]))
     joints = qkv, Joint([attention.o_proj]), gate_up, Joint([mlp.down_proj])
     return Parts(block, norms, *joints, (attention.q_norm, attention.k_norm) if attention.qk_norm == "head" else None)

@@ -17,8 +17,8 @@ from burnish.ops.nf4 import dequantise
 class Joint:
     """Layers one below the other, so that one matmul serves them all.
 
-    Dense weights that lie side by side (`lay_side_by_side`) are used where they are; others are written into fresh
-    memory for each use, which is free again when the product is done.
+    Dense weights that lie side by side, as `storage.lay_in_one_piece` leaves them, are used where they are; others are
+    written into fresh memory for each use, which is free again when the product is done.
     """
 
     def __init__(self, layers: Sequence[Linear], parts: Sequence[int] = ()) -> None:
@@ -116,16 +116,6 @@ class Joint:
             else:
                 dense_to_fp8(layer.weight.dense(torch.bfloat16), rows, transposed, out=piece)
         return weight
-
-
-def lay_side_by_side(layers: Sequence[Linear]) -> None:
-    """Move the dense weights of these layers into one block of memory, one after the other; others are left alone."""
-    weights = [layer.stored.weight for layer in layers if isinstance(layer.stored, Dense)]
-    if len(weights) < len(layers) or len({weight.dtype for weight in weights}) > 1 or _joined(weights) is not None:
-        return
-    joined = torch.cat([weight.detach() for weight in weights])
-    for weight, rows in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
-        weight.data = rows
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor | None:

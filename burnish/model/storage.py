@@ -8,6 +8,7 @@ import json
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,9 @@ from burnish.ops.nf4 import (
     num_blocks,
     quantise,
 )
+
+_ALIGNED = 128
+"""Bytes at whose multiples parameters begin that share a block of memory: a line of the cache."""
 
 
 class Encoder(Protocol):
@@ -184,6 +188,25 @@ def _bytes(tensors: Mapping[str, Tensor], key: str, count: int) -> Tensor:
 def _agree(tensors: Mapping[str, Tensor], key: str, levels: Tensor) -> None:
     if not torch.equal(_bytes(tensors, key, 4 * levels.numel()).cpu(), levels.view(torch.uint8)):
         raise ValueError(f"{key} is another table of levels than bitsandbytes' own, which alone can be read")
+
+
+def lay_in_one_piece(module: nn.Module) -> None:
+    """Move all parameters of a module into one block of memory: matrices first, then vectors, each in their order.
+
+    What stays for good then leaves no gaps between what was needed while it was read, and the weights of layers that
+    read the same input lie end to end.
+    """
+    parameters = sorted(module.parameters(), key=lambda parameter: -parameter.ndim)
+    if any(parameter.is_meta for parameter in parameters):
+        return
+    ends = list(accumulate(-(-parameter.nbytes // _ALIGNED) * _ALIGNED for parameter in parameters))
+    device = parameters[0].device
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # else it may be cut out of memory that is only for the moment in one piece
+    whole = torch.empty(ends[-1], dtype=torch.uint8, device=device)
+    for parameter, start in zip(parameters, [0, *ends], strict=False):
+        place = whole[start : start + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+        parameter.data = place.copy_(parameter.data)
 
 
 class _Scratch(nn.Module):

@@ -67,21 +67,26 @@ class Rows(NamedTuple):
 
 
 def read_rows(
-    logits_KV: Float[Tensor, "K V"], targets_K: Int[Tensor, " K"], softcap: float | None, dtype: torch.dtype | None
+    logits_KV: Float[Tensor, "K V"],
+    targets_K: Int[Tensor, " K"],
+    softcap: float | None,
+    dtype: torch.dtype,
+    wants_gradient: bool = True,
 ) -> Rows:
-    """What the logits, not yet capped, say; with the gradient in `dtype` where that is not None.
+    """What the logits, not yet capped, say; their gradient, in `dtype`, where it is wanted.
 
-    The gradient may lie in the memory of the logits: they are used up.
+    The gradient may lie in the memory of the logits: they are used up. The rest is the same to the last bit with it and
+    without, so that what a policy says of its own answers does not depend on whether it learns from them.
     """
     if _has_kernel(logits_KV):
         from burnish.kernels import head
 
-        return Rows(*head.read_rows(logits_KV, targets_K, softcap, dtype))
+        return Rows(*head.read_rows(logits_KV, targets_K, softcap, dtype, wants_gradient))
     z = soft_cap(logits_KV, softcap)
     chosen = z.gather(1, targets_K[:, None])
     totals = z.logsumexp(1, keepdim=True)
     correct = z.argmax(1) == targets_K
-    gradient = None if dtype is None else _slope(z, targets_K, totals, softcap).to(dtype)
+    gradient = _slope(z, targets_K, totals, softcap).to(dtype) if wants_gradient else None
     return Rows((chosen - totals)[:, 0], totals[:, 0], correct, gradient)
 
 
@@ -121,12 +126,12 @@ class _TargetLogProbs(torch.autograd.Function):
         correct = torch.empty_like(targets, dtype=torch.bool)
         unit = torch.empty_like(hidden) if wants_hidden and not wants_head else None
         for rows in chunk_rows(len(targets), head.shape[0], hidden.device, options.chunk_logits):
-            dtype = None if unit is None else hidden.dtype
-            read = read_rows(_matmul(hidden[rows], head), targets[rows], options.softcap, dtype)
+            logits = _matmul(hidden[rows], head)
+            read = read_rows(logits, targets[rows], options.softcap, hidden.dtype, unit is not None)
             log_probs[rows], totals[rows], correct[rows] = read.log_probs, read.totals, read.correct
             if unit is not None and read.gradient is not None:
                 torch.mm(read.gradient, head, out=unit[rows])
-            del read  # before the next chunk is made
+            del logits, read  # before the next chunk is made
         ctx.options, ctx.wants_head = options, wants_head
         if wants_head:
             ctx.save_for_backward(hidden, head, targets, totals)

@@ -44,6 +44,9 @@ def test_rows_are_read_as_float64_reads_them(vocabulary: int, softcap: float | N
     torch.testing.assert_close(found.totals.double(), z.logsumexp(1), rtol=2e-6, atol=1e-6)
     assert torch.equal(found.correct, logits.argmax(1) == targets)
     assert found.gradient is not None
+    alone = read_rows(logits.clone(), targets, softcap, torch.bfloat16, wants_gradient=False)
+    assert alone.gradient is None
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(alone[:3], found[:3], strict=True))
     assert found.gradient.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
     torch.testing.assert_close(found.gradient.double(), gradient, rtol=2**-8, atol=1e-5)
     reading = Reading(targets, found.totals, weights)

@@ -54,17 +54,18 @@ def test_rows_are_read_as_float64_reads_them(shape: tuple[int, int], softcap: fl
     logits, targets = problem(shape)
     expected, totals, gradient = exact(logits, targets, softcap)
     capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    for dtype in (None, torch.float32, torch.float16):
+    for dtype in (torch.float32, torch.float16):
         found = head.read_rows(logits.clone(), targets, softcap, dtype)
         torch.testing.assert_close(found[0].double(), expected, rtol=2e-6, atol=3e-6)
         torch.testing.assert_close(found[1].double(), totals, rtol=1e-6, atol=1e-6)
         assert torch.equal(found[2], capped.argmax(1) == targets)
-        if dtype is None:
-            assert found[3] is None
-        else:
-            assert found[3].dtype == dtype
-            bound = 1e-6 if dtype == torch.float32 else 2**-11
-            torch.testing.assert_close(found[3].double(), gradient, rtol=bound, atol=4e-6)
+        assert found[3] is not None
+        assert found[3].dtype == dtype
+        bound = 1e-6 if dtype == torch.float32 else 2**-11
+        torch.testing.assert_close(found[3].double(), gradient, rtol=bound, atol=4e-6)
+        alone = head.read_rows(logits.clone(), targets, softcap, dtype, wants_gradient=False)
+        assert alone[3] is None
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(alone[:3], found[:3], strict=True))
 
 
 def test_logits_of_half_precision_are_read_too() -> None:
@@ -87,7 +88,7 @@ def test_the_gradient_lies_in_the_memory_of_the_logits() -> None:
 def test_without_a_gradient_the_logits_stay() -> None:
     logits, targets = problem((2, 300))
     before = logits.clone()
-    head.read_rows(logits, targets, 3.0, None)
+    head.read_rows(logits, targets, 3.0, torch.float16, wants_gradient=False)
     assert torch.equal(logits, before)
 
 
@@ -97,9 +98,16 @@ def test_of_equal_logits_the_first_is_the_highest(columns: int) -> None:
     places = (0, 3, columns - 1)
     logits = torch.zeros(len(places), columns)
     logits[:, list(places)] = 2.0
-    assert head.read_rows(logits, torch.tensor(places), None, None)[2].tolist() == [True, False, False]
+    assert head.read_rows(logits, torch.tensor(places), None, torch.float32, wants_gradient=False)[2].tolist() == [
+        True,
+        False,
+        False,
+    ]
     flat = torch.zeros(2, columns)
-    assert head.read_rows(flat, torch.tensor([0, 1]), None, None)[2].tolist() == [True, False]
+    assert head.read_rows(flat, torch.tensor([0, 1]), None, torch.float32, wants_gradient=False)[2].tolist() == [
+        True,
+        False,
+    ]
 
 
 def test_logits_far_apart_neither_overflow_nor_vanish() -> None:
@@ -113,7 +121,7 @@ def test_logits_far_apart_neither_overflow_nor_vanish() -> None:
 def test_what_is_no_number_shows() -> None:
     logits, targets = problem((2, 300))
     logits[1, 200] = float("nan")
-    found = head.read_rows(logits, targets, None, None)[0]
+    found = head.read_rows(logits, targets, None, torch.float32)[0]
     assert found.isnan().tolist() == [False, True]
 
 

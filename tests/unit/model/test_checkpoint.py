@@ -302,7 +302,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("storage", ["full", "bf16", "nf4"])
-def test_loading_holds_one_full_precision_tensor_at_a_time(
+def test_loading_holds_a_full_precision_tensor_or_a_block_besides(
     tmp_path: Path, storage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_folder(tmp_path, hidden_size=128, intermediate_size=512)
@@ -318,5 +318,7 @@ def test_loading_holds_one_full_precision_tensor_at_a_time(
     with LiveBytes() as live:
         model = load_model(folder, storage)
     held = sum(parameter.nbytes for parameter in model.parameters())
-    assert held <= live.now <= held + 4096  # besides small tables that are kept
-    assert live.peak <= held + largest + 65536
+    block = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
+    gaps = 256 * len(list(model.model.layers.parameters()))
+    assert held <= live.now <= held + gaps + 4096  # besides small tables that are kept
+    assert live.peak <= held + gaps + max(largest, block) + 65536
