@@ -299,6 +299,7 @@ class Pages:
                     _copy(here, away, self._inwards, self._computing())
                     _wait(self._computing(), self._inwards)
                     self._here[self.resident] = here
+                    del here  # else this page is held when it has to leave again
                     places[self.resident] = self._away.pop(self.resident)
                 self.resident += 1
         except torch.OutOfMemoryError:

@@ -264,9 +264,14 @@ class Small(Pages):
     capacity = 0
 
     def _on_device(self, size: int) -> Tensor:
-        if self.held() + size > self.capacity:
+        live: dict[int, int] = self.__dict__.setdefault("live", {})  # whoever holds it
+        if sum(live.values()) + size > self.capacity:
             raise torch.OutOfMemoryError("full")
-        return super()._on_device(size)
+        page = super()._on_device(size)
+        storage = page.untyped_storage()
+        live[storage._cdata] = size
+        weakref.finalize(storage, live.pop, storage._cdata, None)
+        return page
 
 
 @kinds
