@@ -1,14 +1,15 @@
 """Pairs per second and peak memory of a DPO step with QLoRA, beside TRL and Unsloth in the same run.
 
 python -m benchmarks.dpo [shape=llama-2-7b] [storage=nf4] [pairs=2] [prompt=512] [answer=512] [rounds=2]
-                         [systems=trl,unsloth] [peers=DIR] [scratch=/dev/shm/burnish-peers] [logs=DIR]
-                         [results=FILE] [seconds=540] [commit=HASH] [note=TEXT]
+                         [sides=fast,lean] [systems=trl,unsloth] [peers=DIR] [scratch=/dev/shm/burnish-peers]
+                         [logs=DIR] [results=FILE] [seconds=540] [commit=HASH] [note=TEXT]
 
 Random weights, random ids, fixed lengths, LoRA of rank 16 on all linear layers; every answer token is scored. All
 systems are loaded at once and take turns (`turns.py`): a turn is 3 steps of warm-up and 5 timed ones, the device
 synchronised at both ends of each. A row holds the median over the rounds, and the highest
 `torch.cuda.max_memory_allocated`. `peers=` is where `.peers/peers.tar.gz` was unpacked; without it only Burnish is
-measured. The reference is the model without its adapter, in every step, or its log-probs from before (cached).
+measured. The reference is the model without its adapter, in every step, or its log-probs from before (cached). `fast`:
+everything kept; `lean`: the least memory, activations computed twice. One side alone is loaded sooner.
 """
 
 import random
@@ -44,11 +45,12 @@ WORDS = {
     "prompt": "512",
     "answer": "512",
     "rounds": "2",
+    "sides": "fast,lean",
     "systems": "trl,unsloth",
     "peers": "",
     **PLACES,
 }
-CHOICES = {"shape": SHAPES, "storage": ("nf4", "bf16")}
+CHOICES = {"shape": SHAPES, "storage": ("nf4", "bf16"), "sides": ("fast,lean", "fast", "lean")}
 NUMBERS = ("pairs", "prompt", "answer", "rounds", "seconds")
 WARM_UP, TIMED = 3, 5
 BETA = 0.1
@@ -111,6 +113,8 @@ def ours(asked: Mapping[str, str]) -> list[Entry]:
     """What is measured of Burnish: a process for a model and batches of one size, each compiled for its own."""
     entries: list[Entry] = []
     for setting in OURS:
+        if side_of(setting) not in asked["sides"].split(","):
+            continue
         worker = f"burnish-{setting['memory']}-{'fp8' if setting['fp8'] else 'bf16'}"
         worker += "" if setting["prefix_sharing"] else "-unshared"
         columns = _columns(asked, "burnish", setting)
@@ -123,12 +127,17 @@ def theirs(asked: Mapping[str, str]) -> list[Entry]:
     entries: list[Entry] = []
     for number, setting in enumerate(PEERS):
         system = str(setting["system"])
-        if system not in asked["systems"].split(","):
+        if system not in asked["systems"].split(",") or side_of(setting) not in asked["sides"].split(","):
             continue
         told = {key: value for key, value in setting.items() if key != "system"}
         columns = _columns(asked, system, told)
         entries.append(Entry(f"{system}, {_words(told)}", f"{system}-{number}", setting, columns))
     return entries
+
+
+def side_of(setting: Mapping[str, object]) -> str:
+    """Whether a setting computes activations twice."""
+    return "lean" if setting.get("checkpointing") or setting.get("memory") == "least" else "fast"
 
 
 def peer_words(asked: Mapping[str, str], setting: Mapping[str, object], model: Path) -> list[str]:

@@ -191,6 +191,20 @@ def test_pairs_have_the_tokens_that_peers_are_given() -> None:
     assert (given.turns, given.warm_up, given.timed) == (2, dpo.WARM_UP, dpo.TIMED)
 
 
+def test_sides_of_dpo_are_measured_together_or_apart() -> None:
+    def names(sides: str) -> list[str]:
+        asked = read([f"sides={sides}", "systems=unsloth"], dpo.WORDS, dpo.CHOICES, dpo.NUMBERS)
+        return [entry.name for entry in [*dpo.ours(asked), *dpo.theirs(asked)]]
+
+    fast, lean = names("fast"), names("lean")
+    assert sorted(names("fast,lean")) == sorted(fast + lean)
+    assert [name.split(",")[0] for name in lean] == ["burnish", "unsloth"]
+    assert len(fast) == len(dpo.OURS) - 1 + 3
+    assert all("memory=least" not in name and "checkpointing=true" not in name for name in fast)
+    with pytest.raises(ValueError, match=r"^sides=quick is not known: write one of fast,lean, fast, lean"):
+        read(["sides=quick"], dpo.WORDS, dpo.CHOICES, dpo.NUMBERS)
+
+
 @pytest.mark.parametrize("row", sft.ROWS)
 def test_every_row_of_the_table_can_be_measured(row: str) -> None:
     asked = sft.read_words([f"row={row}", "shape=tiny", "sequences=2", "length=48", "fp8=false"])
