@@ -43,6 +43,7 @@ gpu: $(VENV)/dev ## run the tests that need a CUDA device
 bench: $(VENV)/dev .peers/venv/bin/python ## measure on a CUDA device, beside Unsloth and TRL: every row of docs/performance.md
 	for row in qlora qlora-8b lora ragged full small; do $(BIN)/python -m benchmarks.sft row=$$row peers=.peers/venv seconds=1800 || exit 1; done
 	$(BIN)/python -m benchmarks.dpo peers=.peers/venv seconds=1800
+	$(BIN)/python -m benchmarks.memory seconds=1800
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.page
 	$(BIN)/python -m benchmarks.compare

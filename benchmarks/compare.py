@@ -2,21 +2,21 @@
 
 python -m benchmarks.compare [new=FILE] [results=benchmarks/results.csv]
 
-With `new=` its rows are held against the last ones in `results`; without, the last row of each work in `results` is
-held against the one before it. Exits with 1 where Burnish became slower or needs more memory; peers, reserved memory
-and the first step are told, but decide nothing.
+New are the rows of `new=`, or else those of the commit that stands last in `results`: the last of each work is held
+against the last one recorded before it. Exits with 1 where Burnish became slower, needs more memory, finds less room
+for the longest sequence or no longer fits; peers, reserved memory and the first step are told, but decide nothing.
 """
 
 import csv
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.rows import RESULTS, read_words
 
 WORDS = {"new": "", "results": str(RESULTS)}
 WORK = ("benchmark", "system", "device", "shape", "storage", "adapter", "rank", "checkpointing", "settings")
-"""Columns that say what was measured: rows that agree in them are of the same work."""
+"""What rows of the same work agree in; their tokens a step are the same within the margin, too."""
 HIGHER_IS_BETTER = {"tokens_per_second": True, "step_seconds": False, "peak_allocated_gib": False}
 TOLD = {"peak_reserved_gib": False, "compile_seconds": False}
 MARGIN = 0.05
@@ -25,11 +25,16 @@ Row = Mapping[str, str]
 
 def main(asked: Mapping[str, str]) -> None:
     """Prints what moved, and exits with 1 when something became worse."""
-    pairs = pairs_of(read_rows(Path(asked["results"])), read_rows(Path(asked["new"])) if asked["new"] else [])
-    moved = [line for before, after in pairs for line in moves(before, after)]
+    new = read_rows(Path(asked["new"])) if asked["new"] else None
+    pairs = pairs_of(read_rows(Path(asked["results"])), new)
+    compared = [(before, after) for before, after in pairs if before]
+    if not compared:
+        print(f"none of the {len(pairs)} new rows was measured before on this device")
+        sys.exit(0)
+    moved = [line for pair in compared for line in moves(*pair)]
     worse = [line for line in moved if line.endswith(": worse")]
     print("\n".join(moved) or "nothing moved by more than 5 %")
-    print(f"{len(pairs)} rows compared, {len(worse)} figures worse")
+    print(f"{len(compared)} of {len(pairs)} new rows were measured before, {len(worse)} figures are worse")
     sys.exit(bool(worse))
 
 
@@ -41,21 +46,26 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def pairs_of(recorded: Iterable[Row], new: Iterable[Row]) -> list[tuple[Row, Row]]:
-    """(before, after) for every work that was measured before: the last recorded row and the last new one."""
-    last: dict[tuple[str, ...], Row] = {}
-    pairs: dict[tuple[str, ...], tuple[Row, Row]] = {}
-    new = list(new)
-    for row in recorded:
-        work = work_of(row)
-        if not new and work in last:
-            pairs[work] = (last[work], row)
-        last[work] = row
-    for row in new:
-        work = work_of(row)
-        if work in last:
-            pairs[work] = (last[work], row)
-    return list(pairs.values())
+def pairs_of(recorded: Sequence[Row], new: Sequence[Row] | None) -> list[tuple[Row | None, Row]]:
+    """(before, after) for the last new row of every work; None for work that was not measured before."""
+    rows = [*recorded, *(new or [])]
+    if new is None:
+        added = [index for index, row in enumerate(rows) if row["commit"] == rows[-1]["commit"]]
+    else:
+        added = range(len(recorded), len(rows))
+    last = {work_of(rows[index]): index for index in added}
+    pairs: list[tuple[Row | None, Row]] = []
+    for index in last.values():
+        earlier = reversed(rows[: index if new is None else len(recorded)])
+        pairs.append((next((row for row in earlier if same_work(row, rows[index])), None), rows[index]))
+    return pairs
+
+
+def same_work(before: Row, after: Row) -> bool:
+    """Whether the same was measured; what does not fit has no tokens, and the longest sequence's are its result."""
+    if work_of(before) != work_of(after):
+        return False
+    return "row=longest" in after["settings"].split() or not moved(before, after, "tokens_per_step")
 
 
 def work_of(row: Row) -> tuple[str, ...]:
@@ -63,23 +73,35 @@ def work_of(row: Row) -> tuple[str, ...]:
     return tuple(row[column] for column in WORK)
 
 
+def moved(before: Row, after: Row, column: str) -> bool:
+    """Whether a figure that both have moved by more than the margin."""
+    old, now = (float(row[column] or 0) for row in (before, after))
+    return bool(old and now) and abs(now - old) > MARGIN * old
+
+
 def moves(before: Row, after: Row) -> list[str]:
-    """A line for every figure of a row that moved by more than the margin."""
-    lines: list[str] = []
-    judged = dict(HIGHER_IS_BETTER)
+    """A line for every figure of a row that moved by more than the margin, or for what fits only in one of them."""
+    kept = f"checkpointing={after['checkpointing']}" if after["checkpointing"] else ""
+    what = (after[name] for name in ("benchmark", "system", "shape", "storage", "adapter", "rank"))
+    told = " ".join(filter(None, (*what, kept, after["settings"])))
+    told += f" ({after['device']}, {before['commit']} to {after['commit']})"
+    ours, fitted, fits = after["system"] == "burnish", before["step_seconds"], after["step_seconds"]
+    if not (fitted and fits):
+        said = f"no longer fits: {'worse' if ours else 'noted'}" if fitted else "fits now: better"
+        return [f"{told}: {said}"] if fitted or fits else []
+    judged = {**HIGHER_IS_BETTER, **TOLD}
     if before["tokens_per_second"]:
         del judged["step_seconds"]  # the same figure again
-    for column, higher_is_better in {**judged, **TOLD}.items():
-        old, now = (float(row[column] or 0) for row in (before, after))
-        if not old or not now or abs(now - old) <= MARGIN * old:
+    if moved(before, after, "tokens_per_step"):
+        judged = {"tokens_per_step": True}  # the longest sequence: all else is of another length
+    lines: list[str] = []
+    for column, higher_is_better in judged.items():
+        if not moved(before, after, column):
             continue
+        old, now = float(before[column]), float(after[column])
         better = (now > old) == higher_is_better
-        verdict = "better" if better else "worse"
-        if not better and (column in TOLD or after["system"] != "burnish"):
-            verdict = "noted"
-        told = " ".join(filter(None, (after[name] for name in ("benchmark", "system", "shape", "storage", "settings"))))
-        where = f"{after['device']}, {before['commit']} to {after['commit']}"
-        lines.append(f"{told} ({where}): {column} {old:g} -> {now:g}, {100 * (now / old - 1):+.1f} %: {verdict}")
+        verdict = "better" if better else "worse" if ours and column not in TOLD else "noted"
+        lines.append(f"{told}: {column} {old:g} -> {now:g}, {100 * (now / old - 1):+.1f} %: {verdict}")
     return lines
 
 

@@ -7,9 +7,9 @@ python -m benchmarks.dpo [shape=llama-2-7b] [storage=nf4] [pairs=2] [prompt=512]
 Random weights, random ids, fixed lengths, LoRA of rank 16 on all linear layers; every answer token is scored. All
 systems are loaded at once and take turns (`turns.py`): a turn is 3 steps of warm-up and 5 timed ones, the device
 synchronised at both ends of each. A row holds the median over the rounds, and the highest
-`torch.cuda.max_memory_allocated`. `peers=` is where `.peers/peers.tar.gz` was unpacked; without it only Burnish is
-measured. The reference is the model without its adapter, in every step, or its log-probs from before (cached). `fast`:
-everything kept; `lean`: the least memory, activations computed twice. One side alone is loaded sooner.
+`torch.cuda.max_memory_allocated` of timed steps. `peers=` is where `.peers/peers.tar.gz` was unpacked; without it only
+Burnish is measured. The reference is the model without its adapter, in every step, or its log-probs from before
+(cached). `fast`: everything kept; `lean`: the least memory, activations computed twice. One side loads sooner.
 """
 
 import random

@@ -12,9 +12,10 @@ step of warm-up and one timed. A row is not begun when the clock leaves less tha
 written without figures.
 
 `also=` holds settings of a training run, which are put in place of the row's own. `shape=tiny` tries all of it out on
-a CPU.
+a CPU, where nothing is capped.
 """
 
+import difflib
 import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,7 @@ import torch
 from benchmarks import ppo
 from benchmarks.contest import model_folders, open_ours
 from benchmarks.memory_rows import MOST, ROWS, UNIT, Row, longest, sized
+from benchmarks.memory_run import gib
 from benchmarks.meter import device_name, here
 from benchmarks.rows import PLACES, current_commit, write_row
 from benchmarks.rows import read_words as read
@@ -58,6 +60,8 @@ def main(asked: Mapping[str, str]) -> None:
     """Measures row after row what is asked for; prints the rows and adds them to results.csv as they come."""
     if here().type == "cpu" and asked["shape"] != "tiny":
         sys.exit("benchmarks/memory.py: it measures on a CUDA device, and there is none; shape=tiny tries it out")
+    if here().type == "cpu":
+        asked = {**asked, "cap": "none"}  # it is the CUDA allocator that is capped
     clock, model = Clock(float(asked["seconds"])), Path(asked["scratch"]) / "model"
     about = {"commit": asked["commit"] or current_commit(), "device": device_name(here()), "torch": torch.__version__}
     with ExitStack() as stack:
@@ -77,6 +81,7 @@ def main(asked: Mapping[str, str]) -> None:
                 continue
             columns = columns_of(name, row, asked, reading)
             write_row(about | columns, Path(asked["results"]) if asked["results"] else None)
+            print(f"{name}: {told_of(columns)}", flush=True)
 
 
 @contextmanager
@@ -87,7 +92,8 @@ def processes(asked: Mapping[str, str], clock: Clock) -> Generator[Ask]:
 
     def ask(name: str, row: Row) -> dict[str, Any]:
         if not opened:
-            worker = open_ours(["benchmarks.memory_run"], logs / f"memory-{name}.log")
+            log = logs / ("memory.log" if shared else f"memory-{name}.log")
+            worker = open_ours(["benchmarks.memory_run"], log)
             opened.append((worker, worker.hear(clock.left())))
         worker, about = opened[0]
         request = {"row": row._asdict(), "asked": {**asked, "cap": cap_of(row, asked)}}
@@ -137,7 +143,18 @@ def searched(name: str, row: Row, asked: Mapping[str, str], clock: Clock, ask: A
 def seconds_told(reading: Mapping[str, Any]) -> str:
     """How long steps took, and in how much memory, in words."""
     step = sum(reading["seconds"]) / len(reading["seconds"])
-    return f"{step:.1f} s a step, {reading['allocated']:.2f} GiB allocated, {reading['reserved']:.2f} reserved"
+    held = (f"{gib(reading[name])} GiB {name}" for name in ("allocated", "reserved") if reading[name])
+    return ", ".join((f"{step:.1f} s a step", *held))
+
+
+def told_of(columns: Mapping[str, object]) -> str:
+    """The figures of a row in words; of what did not fit, why."""
+    if "step_seconds" not in columns:
+        return str(columns["note"])
+    held = [(columns["peak_allocated_gib"], "allocated"), (columns["peak_reserved_gib"], "reserved")]
+    return ", ".join(
+        (*(f"{size} GiB {name}" for size, name in held if size), f"{columns['tokens_per_second']} tokens/s")
+    )
 
 
 def cap_of(row: Row, asked: Mapping[str, str]) -> str:
@@ -170,8 +187,8 @@ def columns_of(name: str, row: Row, asked: Mapping[str, str], reading: Mapping[s
         "tokens_per_step": round(reading["tokens"]),
         "step_seconds": f"{seconds:.4f}",
         "tokens_per_second": f"{reading['tokens'] / seconds:.0f}",
-        "peak_allocated_gib": f"{reading['allocated']:.2f}",
-        "peak_reserved_gib": f"{reading['reserved']:.2f}",
+        "peak_allocated_gib": gib(reading["allocated"]),
+        "peak_reserved_gib": gib(reading["reserved"]),
         "compile_seconds": f"{reading['first']:.1f}",
         "samples_per_second": f"{row.sequences / seconds:.3f}" if row.kind in ("dpo", "ppo") else "",
         "phases": ppo.shares([dict(reading)]),
@@ -188,7 +205,9 @@ def read_words(words: list[str]) -> dict[str, str]:
     asked = read(words, WORDS, CHOICES, NUMBERS)
     for name in asked["rows"].split(","):
         if name not in ROWS:
-            raise ValueError(f"rows={asked['rows']} is not known: write one or more of {','.join(ROWS)}")
+            nearest = difflib.get_close_matches(name, ROWS, n=1, cutoff=0.75)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"write one or more of {','.join(ROWS)}"
+            raise ValueError(f"rows={name} is not known: {hint}")
     memory_bytes(asked["memory"])
     if asked["cap"] not in ("own", "none"):
         try:

@@ -95,9 +95,9 @@ def tried(row: Row, asked: Mapping[str, str], mesh: Mesh) -> dict[str, Any]:
 
 def notes_of(cost: Cost, host: "HostMemory") -> list[str]:
     """What held the memory at the peak; loading; what was done for want of memory."""
-    held = " ".join(f"{name} {size / GIB:.2f}" for name, size in cost.peak.classes.items())
+    held = " ".join(f"{name} {gib(size / GIB) or 0}" for name, size in cost.peak.classes.items())
     away = {"activations": cost.host, "states": cost.states_away}
-    lent = " ".join(f"{name} {size / GIB:.2f}" for name, size in away.items() if size)
+    lent = " ".join(f"{name} {gib(size / GIB)}" for name, size in away.items() if size)
     return [
         f"GiB at the peak, {cost.peak.phase}: {held}",
         f"on the host: {lent}" if lent else "",
@@ -161,6 +161,11 @@ def practised(row: Row, asked: Mapping[str, str], mesh: Mesh) -> dict[str, Any]:
         "optimizer": asked["optimizer"],
     }
     return ppo.measured(words, folder, setting) | {"tokens": row.tokens}
+
+
+def gib(size: float) -> str:
+    """GiB with two places, the small ones of `shape=tiny` with six; empty where nothing was counted."""
+    return f"{size:.{2 if size >= 0.005 else 6}f}" if size else ""
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Tables stand between the lines `<!-- figures -->` and `<!-- end of figures -->`; the picture is docs/performance.svg.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -71,6 +72,8 @@ def runs(rows: Iterable[Row]) -> Iterator[tuple[Work, list[Row]]]:
         if row["benchmark"] in ("sft", "dpo"):
             words = words_of(row)
             told = " ".join(f"{key}={words[key]}" for key in WORDS_OF_WORK if key in words)
+            if not told:
+                continue  # rows of the first day do not say what the work was
             work = Work(row["benchmark"], row["shape"], row["storage"], told, row["device"])
             found.setdefault(work, {}).setdefault((row["date"], row["commit"]), []).append(row)
     for work, by_run in sorted(found.items(), key=lambda item: _place(item[0])):
@@ -108,13 +111,15 @@ def table(work: Work, run: Sequence[Row]) -> list[str]:
         f"{work.device}, {last['date']}, commit {last['commit']}, PyTorch {last['torch']}"
         + (f"; `{work.words}`." if work.words else "."),
         "",
-        f"| system | settings | {unit} | GiB allocated | reserved | first step, s | beside |",
-        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
+        f"| system | settings | {unit} | rounds | GiB allocated | reserved | first step, s | beside |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     order = [*NAMES]
     for row in sorted(run, key=lambda row: (side_of(row), order.index(row["system"]))):
         rate = row["samples_per_second"] if work.benchmark == "dpo" else f"{int(row['tokens_per_second']):,}"
-        cells = [NAMES[row["system"]], told_of(row), rate, row["peak_allocated_gib"], row["peak_reserved_gib"]]
+        rounds = str(len(re.findall(r"[\d.]+", row["note"].partition(";")[0])))
+        memory_of_row = [row["peak_allocated_gib"], row["peak_reserved_gib"]]
+        cells = [NAMES[row["system"]], told_of(row), rate, rounds, *memory_of_row]
         lines.append(f"| {' | '.join([*cells, row['compile_seconds'], beside(row, run)])} |")
     return lines
 
@@ -132,12 +137,13 @@ def memory(rows: Sequence[Row]) -> list[str]:
     lines = [
         f"### Memory: {device}",
         "",
-        "| what | promised elsewhere | target | GiB allocated | reserved | tokens/s | cap | how | commit |",
-        "| --- | --- | --- | ---: | ---: | ---: | --- | --- | --- |",
+        "| what | promised elsewhere | target | GiB allocated | reserved | host | tokens/s | cap | how | commit |",
+        "| --- | --- | --- | ---: | ---: | --- | ---: | --- | --- | --- |",
     ]
     for (name, cap), row in sorted(latest.items(), key=lambda item: order.index(item[0][0])):
         rate = f"{int(row['tokens_per_second']):,}" if row["tokens_per_second"] else ""
-        figures = [row["peak_allocated_gib"], row["peak_reserved_gib"], rate]
+        on_host = re.search(r"on the host: ([^;]*?)( GiB)?(;|$)", row["note"])
+        figures = [row["peak_allocated_gib"], row["peak_reserved_gib"], on_host[1] if on_host else "", rate]
         cells = [ROWS[name].what, ROWS[name].promise, ROWS[name].target, *figures, cap, how_of(row), row["commit"]]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

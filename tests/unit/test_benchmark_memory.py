@@ -84,6 +84,7 @@ def asked(*words: str) -> dict[str, str]:
     ("word", "message"),
     [
         ("rows=qlora", f"^rows=qlora is not known: write one or more of {','.join(ROWS)}$"),
+        ("rows=full,longst", r"^rows=longst is not known: did you mean longest\?$"),
         ("cap=48", "^cap=48 is no amount: write own, none, or an amount such as 48GB or 5.2GiB$"),
         ("cap=least", "^cap=least is no amount: "),
         ("memory=lots", "^run.memory=lots is no amount: "),
@@ -163,9 +164,11 @@ def test_rows_with_figures_and_without() -> None:
     figures = ("step_seconds", "tokens_per_second", "peak_allocated_gib", "peak_reserved_gib", "compile_seconds")
     assert [fits[key] for key in figures] == ["0.5000", "4096", "4.25", "4.38", "3.0"]
     assert (fits["note"], fits["versions"], fits["rank"]) == ("a; again", "one 1.0", 16)
+    assert memory.told_of(fits) == "4.25 GiB allocated, 4.38 GiB reserved, 4096 tokens/s"
     misfits = memory.columns_of("qlora-1x2048", row, words, PROBLEM)
     assert not set(figures) & set(misfits)
     assert misfits["note"] == f"out of memory under 4.4GiB: {PROBLEM['problem']}; again"
+    assert memory.told_of(misfits) == misfits["note"]
     assert misfits["settings"] == fits["settings"]  # it is the same work
     other = memory.columns_of("full", ROWS["full"], asked("cap=none"), PROBLEM)
     assert str(other["note"]).startswith("out of memory: one")
@@ -211,17 +214,21 @@ def test_rows_are_written_as_they_come_and_one_that_breaks_leaves_the_others(
     assert [page.words_of(row)["row"] for row in rows] == ["qlora-4x2048", "qlora-1x2048"]
     assert {(row["benchmark"], row["versions"], row["commit"]) for row in rows} == {("memory", "one 1.0", "c0ffee")}
     said = capsys.readouterr().out
+    assert "\nqlora-1x2048: 4.25 GiB allocated, 4.38 GiB reserved, 128 tokens/s\n" in said
     assert "full is left out: it ended with exit status 3; its last words: KeyError: a mistake" in said
     assert "longest is not begun: it may take 240 s, " in said
 
 
 def test_a_process_measures_what_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["shape=tiny", f"scratch={tmp_path}", f"results={tmp_path}/rows.csv", "commit=c0ffee", "cap=none"]
+    words = ["shape=tiny", f"scratch={tmp_path}", f"results={tmp_path}/rows.csv", "commit=c0ffee"]
     memory.main(asked(*words, "rows=full,longest"))
     full, found = compare.read_rows(tmp_path / "rows.csv")
     assert (full["storage"], full["adapter"], full["tokens_per_step"]) == ("full16", "none", "64")
     assert found["tokens_per_step"] == "160"  # the longest that is tried
-    assert (tmp_path / "memory-full.log").read_text().startswith("host: ")
+    assert {page.words_of(row)["cap"] for row in (full, found)} == {"none"}  # nothing is capped on a CPU
+    assert 0.0001 < float(full["peak_allocated_gib"]) < 0.1
+    assert (full["peak_reserved_gib"], found["peak_allocated_gib"], found["peak_reserved_gib"]) == ("", "", "")
+    assert (tmp_path / "memory.log").read_text().startswith("host: ")
 
 
 def test_what_the_host_lends_while_a_model_is_loaded() -> None:
@@ -249,19 +256,20 @@ def test_the_page_has_a_line_for_each_row_and_cap() -> None:
         row_of("qlora-1x2048", "4.4GiB", "", note="out of memory under 4.4GiB: Tried to allocate 2 MiB"),
         row_of("qlora-1x2048", "4.6GiB", "9000"),
         row_of("qlora-65b", "48GB", "1612"),  # measured again
-        row_of("longest", "24GB", "4000", tokens_per_step="90112", step_seconds="22.5280"),
+        row_of("longest", "24GB", "4000", tokens_per_step="90112", step_seconds="22.5280")
+        | {"note": "activations on the host: 62.48 GiB"},
     ]
     lines = page.memory(rows)
     how = "memory=least optimizer=adamw8bit"
     assert lines[0] == "### Memory: NVIDIA H100"
     assert lines[4:] == [
-        f"| QLoRA 7B, 1 x 2,048 |  | 4.4 GiB |  |  |  | 4.4GiB | out of memory under 4.4GiB; {how} | c0ffee |",
-        f"| QLoRA 7B, 1 x 2,048 |  | 4.4 GiB | 4.25 | 4.4 | 9,000 | 4.6GiB | {how} | c0ffee |",
-        "| QLoRA 65B, rank 64, 1 x 2,048 | 48 GB | 48 GB, at 1,400 tokens/s or more | 4.25 | 4.4 | 1,612 | 48GB | "
+        f"| QLoRA 7B, 1 x 2,048 |  | 4.4 GiB |  |  |  |  | 4.4GiB | out of memory under 4.4GiB; {how} | c0ffee |",
+        f"| QLoRA 7B, 1 x 2,048 |  | 4.4 GiB | 4.25 | 4.4 |  | 9,000 | 4.6GiB | {how} | c0ffee |",
+        "| QLoRA 65B, rank 64, 1 x 2,048 | 48 GB | 48 GB, at 1,400 tokens/s or more | 4.25 | 4.4 |  | 1,612 | 48GB | "
         f"{how} | c0ffee |",
         "| the longest sequence with QLoRA 8B | Unsloth: 78k tokens in 24 GB | 80,000 tokens or more in 24 GB | 4.25 | "
-        f"4.4 | 4,000 | 24GB | 90,112 tokens, 22.5 s a step; {how} | c0ffee |",
+        f"4.4 | 62.48 | 4,000 | 24GB | 90,112 tokens, 22.5 s a step; {how} | c0ffee |",
     ]
-    assert {line.count("|") for line in lines[2:]} == {10}
+    assert {line.count("|") for line in lines[2:]} == {11}
     assert page.memory([]) == []
     assert page.memory([*rows, row_of("full", "20GiB", "9000", device="NVIDIA H200")])[0].endswith("H200")

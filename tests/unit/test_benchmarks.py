@@ -394,15 +394,48 @@ def rows_like(system: str, *changes: dict[str, str]) -> list[dict[str, str]]:
     return [{**recorded[-1], **change} for change in changes]
 
 
-def test_what_was_recorded_is_paired_by_its_work() -> None:
-    pairs = compare.pairs_of(compare.read_rows(RESULTS)[:RECORDED], [])
-    assert {(before["commit"], after["commit"]) for before, after in pairs} == {("8582b27", "29c39d7")}
-    assert len(pairs) == 4  # of DPO; the others were measured once
-    assert all(before["settings"] == after["settings"] for before, after in pairs)
-    lines = [line for pair in pairs for line in compare.moves(*pair)]
+def test_rows_of_the_last_commit_are_paired_with_the_same_work_before() -> None:
+    rows = compare.read_rows(RESULTS)[:12]
+    pairs = compare.pairs_of(rows, None)
+    assert pairs == list(zip(rows[4:8], rows[8:], strict=True))
+    lines = [line for before, after in pairs if before for line in compare.moves(before, after)]
     slower = "tokens_per_second 14340 -> 12491, -12.9 %: worse"
     assert len([line for line in lines if line.endswith(slower)]) == 1
     assert not [line for line in lines if "peak_allocated" in line]
+    assert len({line.partition(":")[0] for line in lines}) == 4  # as many as rows: none reads like another
+    last = [*rows, {**rows[3], "commit": "c0ffee"}, {**rows[0], "commit": "c0ffee", "settings": "other"}]
+    assert [before for before, _ in compare.pairs_of(last, None)] == [rows[3], None]
+
+
+def test_steps_of_other_sizes_are_other_work() -> None:
+    (double, before, near) = rows_like("unsloth", *({"tokens_per_step": size} for size in ("8192", "4096", "4100")))
+    ((found, _),) = compare.pairs_of([before, double], [near])
+    assert found == before
+    assert compare.pairs_of([double], [near]) == [(None, near)]
+
+
+def memory_row(settings: str, **figures: str) -> dict[str, str]:
+    return dict.fromkeys(COLUMNS, "") | {"benchmark": "memory", "system": "burnish", "settings": settings} | figures
+
+
+def test_what_fits_in_one_of_two_rows_is_told() -> None:
+    fits = memory_row("row=full", tokens_per_step="2048", step_seconds="1.0", tokens_per_second="2048")
+    misfits = memory_row("row=full", note="out of memory under 20GiB: Tried to allocate 2 MiB")
+    for before, after, said in ((fits, misfits, "no longer fits: worse"), (misfits, fits, "fits now: better")):
+        assert compare.pairs_of([before], [after]) == [(before, after)]
+        (line,) = compare.moves(before, after)
+        assert line.endswith(f": {said}")
+    assert compare.moves(misfits, misfits) == []
+
+
+def test_the_longest_sequence_is_compared_by_its_length() -> None:
+    long, longer = (
+        memory_row("row=longest cap=24GB", tokens_per_step=length, step_seconds="9", tokens_per_second=speed)
+        for length, speed in (("65536", "6000"), ("81920", "4666"))
+    )
+    assert compare.pairs_of([long], [longer]) == [(long, longer)]
+    assert [line.rpartition(", ")[2] for line in compare.moves(long, longer)] == ["+25.0 %: better"]
+    assert [line.rpartition(", ")[2] for line in compare.moves(longer, long)] == ["-20.0 %: worse"]
 
 
 @pytest.mark.parametrize(
@@ -414,7 +447,7 @@ def test_what_was_recorded_is_paired_by_its_work() -> None:
         ("burnish", {"tokens_per_second": "20000"}, 0, ": better"),
         ("burnish", {"compile_seconds": "99.0"}, 0, "compile_seconds 15.9 -> 99, +522.6 %: noted"),
         ("unsloth", {"tokens_per_second": "100"}, 0, ": noted"),
-        ("burnish", {"device": "NVIDIA H100 80GB HBM3", "tokens_per_second": "1"}, 0, "0 rows compared"),
+        ("burnish", {"device": "NVIDIA H100 80GB HBM3", "tokens_per_second": "1"}, 0, "none of the 1 new rows was"),
     ],
 )
 def test_new_rows_are_held_against_the_last(tmp_path: Path, capsys, system, change, status, said) -> None:
