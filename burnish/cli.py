@@ -9,12 +9,12 @@ import sys
 import textwrap
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
 
 import burnish
-from burnish.config import ConfigError, Stopped, fields, nearest_name, parse
+from burnish.config import ConfigError, Stopped, UnknownKey, fields, nearest_name, parse
 
 FLAGS = {
     "--help": "show this and stop",
@@ -95,8 +95,27 @@ def _run(words: list[str]) -> int:
         extra.append("--json" in flags)
     elif "--json" in flags:
         raise ConfigError(f"--json is for tools; {name} writes results.json into its run folder")
-    module.main(parse(module.Config, rest), *extra)
+    try:
+        config = parse(module.Config, rest)
+    except UnknownKey as error:
+        raise ConfigError(_unknown(name, error, commands)) from None
+    module.main(config, *extra)
     return 0
+
+
+def _unknown(name: str, error: UnknownKey, commands: Mapping[str, tuple[str, str, str]]) -> str:
+    """What to say of a key that this command has not: which others have it, if any do, and what there is instead."""
+    modules = {other: importlib.import_module(module) for other, (module, *_) in commands.items()}
+    known = {other: [key for key, *_ in fields(module.Config)] for other, module in modules.items()}
+    having = ", ".join(other for other, keys in known.items() if error.key in keys)
+    group, _, last = error.key.rpartition(".")
+    if not having:
+        return str(error)
+    if any(key.rpartition(".")[2] == last for key in known[name]):  # its own word for the same thing
+        return f"{error} ('{error.key}' is a setting of {having})"
+    beside = [key for key in known[name] if group and key.rpartition(".")[0] == group]
+    here = f"{name} has {', '.join(beside)}" if beside else "--help lists the keys"
+    return f"'{error.key}' is a setting of {having}, not of {name}: {here}"
 
 
 def _commands() -> dict[str, tuple[str, str, str]]:

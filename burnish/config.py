@@ -28,6 +28,14 @@ class ConfigError(ValueError):
     """A setting is wrong; the message is one line that names it and says what to write instead."""
 
 
+class UnknownKey(ConfigError):
+    """There is no setting of this name."""
+
+    def __init__(self, message: str, key: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 S = TypeVar("S", bound=Settings)
 
 
@@ -38,14 +46,14 @@ def parse(schema: type[S], words: Sequence[str]) -> S:
     key (with the nearest known one), a value of the wrong kind, or settings that contradict each other.
     """
     tree: dict[str, Any] = {}
+    kinds = {key: kind for key, kind, *_ in fields(schema)}
     pairs = [word for word in words if "=" in word and not word.startswith("-")]
-    for word in words:
+    for place, word in enumerate(words):
         if word.endswith((".yaml", ".yml")) and word not in pairs:
             _merge(tree, _read_yaml(Path(word)))
         elif word not in pairs:
-            dashes = "leave off the dashes" if word.startswith("--") and "=" in word else "--help lists the keys"
-            raise ConfigError(f"'{word}' is neither key=value nor a .yaml file; {dashes}")
-    kinds = {key: kind for key, kind, *_ in fields(schema)}
+            hint = _without_dashes(words[place:], list(kinds)) or "--help lists the keys"
+            raise ConfigError(f"'{word}' is neither key=value nor a .yaml file; {hint}")
     for word in pairs:
         key, _, text = word.partition("=")
         _put(tree, key.strip(), _value(kinds.get(key.strip(), ""), key.strip(), text))
@@ -57,7 +65,10 @@ def build(schema: type[S], tree: Mapping[str, Any]) -> S:
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(schema, error.errors()[0])) from None
+        problem = error.errors()[0]
+        if problem["type"] == "extra_forbidden":
+            raise _unknown_key(schema, problem) from None
+        raise ConfigError(_explain(schema, problem)) from None
 
 
 def to_yaml(settings: Settings) -> str:
@@ -82,7 +93,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"there is no file {path}") from None
+        raise ConfigError(missing("file", path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -131,28 +142,66 @@ def _merge(tree: dict[str, Any], more: Mapping[str, Any]) -> None:
 
 def _explain(schema: type[Settings], problem: ErrorDetails) -> str:
     """One line for one problem: the key, what is wrong with it, and what to write instead."""
-    path = [str(part) for part in problem["loc"]]
     known = [key for key, *_ in fields(schema)]
-    key = next((k for k in (".".join(path[:n]) for n in range(len(path), 0, -1)) if k in known), ".".join(path))
-    given = _show(problem["input"])
+    key, given = _key(problem, known), _show(problem["input"])
     match problem["type"]:
-        case "extra_forbidden":
-            if isinstance(problem["input"], dict) and problem["input"]:
-                key = f"{key}.{next(iter(problem['input']))}"  # the group is unknown: name the whole setting
-            nearest = nearest_name(key, known)
-            return f"unknown key '{key}'" + (f"; did you mean '{nearest}'?" if nearest else "; --help lists the keys")
         case "missing":
             return f"'{key}' is required: write {key}=..."
         case "value_error":
             return str(problem.get("ctx", {}).get("error", problem["msg"]))
         case "literal_error":
             choices = problem.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ")
-            return f"'{key}' is one of {choices}, not {given}"
+            close = difflib.get_close_matches(given, choices.split(", "), n=1, cutoff=0.7)  # nf5 is not nearly nf4
+            return f"'{key}' is one of {choices}, not {given}" + (f"; did you mean '{close[0]}'?" if close else "")
         case _:
             if any(name.startswith(f"{key}.") for name in known):
                 return f"'{key}' is a group of settings, not {given}: write {key}.NAME=..."
             kind = next((kind for name, kind, *_ in fields(schema) if name == key), "")
             return f"'{key}' should be {kind or 'different'}, not {given} ({problem['msg'].lower()})"
+
+
+def _key(problem: ErrorDetails, known: Sequence[str]) -> str:
+    """The setting that a problem is about; items and parts of its value are not named."""
+    path = [str(part) for part in problem["loc"]]
+    return next((k for k in (".".join(path[:n]) for n in range(len(path), 0, -1)) if k in known), ".".join(path))
+
+
+def _unknown_key(schema: type[Settings], problem: ErrorDetails) -> UnknownKey:
+    known = [key for key, *_ in fields(schema)]
+    key = _key(problem, known)
+    if isinstance(problem["input"], dict) and problem["input"]:
+        key = f"{key}.{next(iter(problem['input']))}"  # the group is unknown: name the whole setting
+    nearest = nearest_name(key, known)
+    hint = f"did you mean '{nearest}'?" if nearest else "--help lists the keys"
+    return UnknownKey(f"unknown key '{key}'; {hint}", key)
+
+
+def _without_dashes(words: Sequence[str], known: Sequence[str]) -> str:
+    """How to write the first of these words where it is meant as other programs' `--lr 3`; empty where it is not."""
+    if not words[0].startswith("-"):
+        return ""
+    name, sign, value = words[0].lstrip("-").partition("=")
+    if not sign:
+        value = next((word for word in words[1:2] if not word.startswith("-") and "=" not in word), "...")
+    nearest = nearest_name(name.replace("-", "_"), known)
+    return f"settings are written as {nearest}={value}" if nearest else "settings are written as key=value"
+
+
+def missing(kind: str, path: Path) -> str:
+    """One line for a `file` or a `folder` that is not there, with the sibling whose name is nearest.
+
+    A file's siblings are compared without their endings: those alone make no two names alike. Folders are among them
+    where the name has no ending, as data may be either.
+    """
+    folder, named = path.parent, "stem" if kind == "file" else "name"
+    siblings = list(folder.iterdir()) if folder.is_dir() else []
+    if kind == "folder" or path.suffix:
+        siblings = [sibling for sibling in siblings if sibling.is_dir() == (kind == "folder")]
+    names = {getattr(sibling, named): sibling.name for sibling in siblings}
+    close = difflib.get_close_matches(getattr(path, named), names, n=1)
+    if close:
+        return f"there is no {kind} {path}; did you mean {folder / names[close[0]]}?"
+    return f"there is no {kind} {path}" + ("" if folder.is_dir() else f", nor a folder {folder}")
 
 
 def nearest_name(name: str, known: Sequence[str]) -> str | None:

@@ -1,12 +1,12 @@
 """Rows out of JSONL, JSON, Parquet and text files, each with the place it came from. Imports no torch."""
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from burnish.config import missing
 from burnish.data.hub import hub_files, is_hub_id, split_files
 
 Row = tuple[str, dict[str, Any]]
@@ -42,7 +42,7 @@ def data_files(name: str, split: str = "train") -> list[Path]:
         found = [file.relative_to(path).as_posix() for file in sorted(path.rglob("*")) if file.suffix in READERS]
         return [path / file for file in split_files(found, split, name)]
     if path.suffix.lower() in READERS or not is_hub_id(name):
-        raise ValueError(_no_such_file(path))
+        raise ValueError(missing("file", path))
     return hub_files(name, split, tuple(READERS))
 
 
@@ -201,15 +201,6 @@ def _is_json(content: bytes) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _no_such_file(path: Path) -> str:
-    folder = path.parent
-    names = {file.stem: file.name for file in folder.iterdir()} if folder.is_dir() else {}
-    close = difflib.get_close_matches(path.stem, names, n=1)  # endings alone make no two names alike
-    if close:
-        return f"there is no file {path}; did you mean {folder / names[close[0]]}?"
-    return f"there is no file {path}" + ("" if folder.is_dir() else f", nor a folder {folder}")
 
 
 def _kinds() -> str:

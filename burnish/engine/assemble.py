@@ -1,10 +1,12 @@
 """From settings to the parts of a run: the model with its adapter laid over the devices, and the learner."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from burnish.data.templates import ChatTemplate
@@ -30,7 +32,7 @@ from burnish.model.decoder import Decoder
 from burnish.ops import runs_kernels
 from burnish.optim.adamw import adamw
 from burnish.optim.schedule import multiplier
-from burnish.settings import AdapterSettings, ModelSettings, OptimSettings, RunSettings, TrainingSettings
+from burnish.settings import AdapterSettings, ModelSettings, OptimSettings, RunSettings, TrainingSettings, memory_bytes
 
 POLICY = "policy"
 """The name of the adapter in training."""
@@ -87,7 +89,8 @@ def open_model(
 def lay_out(decoder: Decoder, run: RunSettings, mesh: Mesh, states: float = 8.0) -> None:
     """Make a complete decoder ready to run: how its blocks run, its place on the ranks, random numbers.
 
-    `states` are the bytes that the optimizer will hold for each trained number.
+    `states` are the bytes that the optimizer will hold for each trained number. Raises ValueError where `run` asks for
+    what cannot be had.
     """
     decoder.checkpointing = run.memory != "auto"  # of blocks that are not run by hand an amount is taken for the least
     if run.compile == "on" or (run.compile == "auto" and mesh.device.type == "cuda"):
@@ -107,8 +110,25 @@ def lay_out(decoder: Decoder, run: RunSettings, mesh: Mesh, states: float = 8.0)
     elif run.fp8:
         reason = f"{mesh.world} ranks" if mesh.world > 1 else f"the blocks of a {decoder.config.architecture}"
         raise ValueError(f"run.dtype=fp8: 8-bit matmuls are not there for {reason}: leave it out")
+    if decoder.planner is None:
+        _check_weights(decoder, run.memory)
     shard(decoder, decoder.model.layers, mesh)
     torch.manual_seed(run.seed + mesh.rank)  # what is drawn from here on, dropout, differs from rank to rank
+
+
+def _check_weights(decoder: Decoder, memory: str) -> None:
+    """Raises ValueError where an amount of memory, of which nobody makes a plan, does not even hold the weights."""
+    amount = memory_bytes(memory)
+    # Those of the process, not of a mesh: a whole copy that is gathered only to be written needs no room of its own.
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    needed = sum(parameter.nbytes for parameter in decoder.parameters()) / ranks
+    if amount is not None and needed > amount:
+        size = f"{math.ceil(needed / 1e5) / 10:.1f}MB" if needed < 1e9 else f"{math.ceil(needed / 1e8) / 10:.1f}GB"
+        each = f" of each of {ranks} ranks" if ranks > 1 else ""
+        raise ValueError(
+            f"run.memory={memory} is too little: the weights{each} alone take {size}; write a larger amount, or "
+            "run.memory=auto"
+        )
 
 
 def reference_role(decoder: Decoder) -> Role:

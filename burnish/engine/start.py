@@ -1,11 +1,10 @@
 """Where a recipe starts: the base's folder, and what an earlier recipe left on it. Imports no torch."""
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from burnish.config import build
+from burnish.config import build, missing
 from burnish.data.tokenizer import read_json
 from burnish.model.families import find_model
 from burnish.settings import TRAINED_STORAGES, TrainingSettings
@@ -47,10 +46,9 @@ def begin(config: C) -> tuple[C, Start]:
             return _from_adapter(config, adapter)
     if (folder / "config.yaml").exists():
         raise ValueError(f"from={folder} is a run that has not finished: resume it first with save.resume=true")
-    near = [] if folder.exists() or not folder.parent.is_dir() else [path.name for path in folder.parent.iterdir()]
-    close = difflib.get_close_matches(folder.name, near, n=1)
-    hint = f"; did you mean {folder.parent / close[0]}?" if close else ""
-    raise ValueError(f"from={folder} holds neither a model nor an adapter: name the folder of a finished run{hint}")
+    if not folder.exists():
+        raise ValueError(f"from: {missing('folder', folder)}")
+    raise ValueError(f"from={folder} holds neither a model nor an adapter: name the folder of a finished run")
 
 
 def _from_model(config: C, model: Path) -> tuple[C, Start]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from burnish.config import missing
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer, read_json
 from burnish.engine.preflight import check_device
@@ -31,6 +32,8 @@ def find_adapter(path: str) -> Path:
     for folder in (Path(path), Path(path) / "adapter"):
         if (folder / "adapter_config.json").exists():
             return folder
+    if not Path(path).exists():
+        raise ValueError(f"model.adapter: {missing('folder', Path(path))}")
     raise ValueError(
         f"model.adapter={path} holds no adapter_config.json; name an adapter folder, or the folder of a run that "
         "trained one"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from burnish.config import missing
 from burnish.model.ropes import Rope, head_dim_of, rope_of
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "base"
@@ -80,7 +81,9 @@ def find_model(path: str, revision: str | None = None) -> Path:
     if folder.exists():
         raise ValueError(f"model.path: {folder} holds no config.json; give a folder in Hugging Face layout")
     if path == "embedded" or path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise ValueError(f"model.path: there is no folder {folder}; give a folder, a hub id (owner/name) or `embedded`")
+        told = missing("folder", folder)
+        more = "" if told.endswith("?") else "; give a folder, a hub id (owner/name) or `embedded`"
+        raise ValueError(f"model.path: {told}{more}")
     return _download(path, revision)
 
 
@@ -317,7 +320,10 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model.path: {name} is no folder, and the hub did not give it: {reason}") from None
+        told = f"{name} is no folder, and the hub did not give it: {reason}"
+        if Path(name).parent.is_dir():  # more likely a path with a mistake in it than somebody's name on the hub
+            told = f"{missing('folder', Path(name))} (nor did the hub give it: {reason})"
+        raise ValueError(f"model.path: {told}") from None
 
 
 _SCORING = "ForSequenceClassification"

@@ -54,8 +54,47 @@ def test_help_shows_every_field_with_its_default(capsys, name):
 def test_mistakes_in_names(capsys):
     assert "did you mean 'sft'?" in complaint(capsys, "stf")
     assert "did you mean 'optim.lr'?" in complaint(capsys, "sft", "optim.l=3")
+    assert "settings are written as optim.lr=3" in complaint(capsys, "sft", "--lr", "3")
     assert "audit|preview" in complaint(capsys, "data", "data.path=embedded")
     assert "--json is for tools" in complaint(capsys, "sft", "--json")
+
+
+def test_a_key_of_another_command_names_it(capsys):
+    said = complaint(capsys, "sft", "model.shape=tiny")
+    assert said.startswith("burnish sft: 'model.shape' is a setting of bench, not of sft: sft has model.path, ")
+    assert said.count("model.storage") == 1
+    said = complaint(capsys, "sft", "beta=0.1")
+    assert said == "burnish sft: 'beta' is a setting of dpo, not of sft: --help lists the keys\n"
+    said = complaint(capsys, "sft", "seed=3")
+    assert said == (
+        "burnish sft: unknown key 'seed'; did you mean 'run.seed'? ('seed' is a setting of data, generate)\n"
+    )
+
+
+def test_folders_that_are_not_there(capsys, tmp_path, monkeypatch):
+    def refuse(name: str, **_: object) -> str:
+        raise OSError("cannot reach the hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "judge"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    there_is_none = "there is no folder runs/min; did you mean runs/mine?"
+    assert complaint(capsys, "generate", "model.adapter=runs/min", "prompt=x") == (
+        f"burnish generate: model.adapter: {there_is_none}\n"
+    )
+    assert complaint(capsys, "dpo", "from=runs/min") == f"burnish dpo: from: {there_is_none}\n"
+    assert complaint(capsys, "dpo", "from=runs/nothere") == "burnish dpo: from: there is no folder runs/nothere\n"
+    assert complaint(capsys, "eval", "model.path=runs/min") == (
+        f"burnish eval: model.path: {there_is_none} (nor did the hub give it: cannot reach the hub)\n"
+    )
+    assert complaint(capsys, "grpo", "reward.path=runs/jdge") == (
+        "burnish grpo: reward.path: there is no folder runs/jdge; did you mean runs/judge? "
+        "(nor did the hub give it: cannot reach the hub)\n"
+    )
+    assert complaint(capsys, "generate", "model.adapter=runs/mine", "prompt=x").startswith(
+        "burnish generate: model.adapter=runs/mine holds no adapter_config.json"
+    )
 
 
 def test_mistakes_in_paths(capsys, folders, tmp_path):
@@ -120,6 +159,7 @@ def test_every_answer_to_a_mistake_comes_before_torch(folders, tmp_path):
         [],
         ["sft", "--help"],
         ["sft", "optim.lrr=3"],
+        ["sft", "model.shape=tiny"],
         ["sft", "optim.lr=x"],
         ["sft", *good, "model.path=/nowhere"],
         ["sft", *good, "data.path=/nowhere.jsonl"],

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from burnish.config import ConfigError, build, fields, parse, to_yaml
+from burnish.config import ConfigError, build, fields, missing, parse, to_yaml
 from burnish.settings import TrainingSettings, memory_bytes
 
 
@@ -48,6 +48,45 @@ def test_unknown_key_names_the_nearest():
     assert "did you mean 'optim.lr'?" in message("optm.lr=1")
     assert "did you mean 'model.storage'?" in message("model.storge=nf4")
     assert "did you mean 'run.steps'?" in message("run.step=10")
+
+
+def test_a_choice_that_is_nearly_one_names_it():
+    assert message("model.storage=ful6").endswith("bf16, fp32, nf4, not ful6; did you mean 'full16'?")
+    assert message("save.trackers=wandbb").endswith("not wandbb; did you mean 'wandb'?")
+
+
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        (["--lr", "3"], "optim.lr=3"),
+        (["--lr=3"], "optim.lr=3"),
+        (["--optim.lr", "3"], "optim.lr=3"),
+        (["--max-length", "512"], "data.max_length=512"),
+        (["--lr", "run.steps=2"], "optim.lr=..."),
+        (["--lr"], "optim.lr=..."),
+        (["--zzz", "3"], "key=value"),
+    ],
+)
+def test_words_with_dashes_say_how_they_are_written(words, written):
+    first = words[0]
+    assert message(*words) == f"'{first}' is neither key=value nor a .yaml file; settings are written as {written}"
+
+
+def test_what_is_missing_names_the_nearest_of_its_sort(tmp_path):
+    for name in ("mine", "other.d"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "min.json").touch()
+    (tmp_path / "rows.jsonl").touch()
+    said = {
+        ("folder", "min"): f"min; did you mean {tmp_path}/mine?",
+        ("folder", "rows"): "rows",
+        ("folder", "minx/a"): f"minx/a, nor a folder {tmp_path}/minx",
+        ("file", "row.yaml"): f"row.yaml; did you mean {tmp_path}/rows.jsonl?",
+        ("file", "othr.yaml"): "othr.yaml",
+        ("file", "othr"): f"othr; did you mean {tmp_path}/other.d?",
+    }
+    for (kind, name), end in said.items():
+        assert missing(kind, tmp_path / name) == f"there is no {kind} {tmp_path}/{end}"
 
 
 def test_wrong_type_says_what_is_expected():

@@ -96,10 +96,12 @@ def test_a_stage_before_that_is_missing(world: Path, tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert refused(**{"from": str(tmp_path / "sft")}).endswith(
-        "sft holds neither a model nor an adapter: name the folder of a finished run"
-    )
+    assert refused(**{"from": str(tmp_path / "sft")}) == f"from: there is no folder {tmp_path / 'sft'}"
     (tmp_path / "half").mkdir()
+    assert refused(**{"from": str(tmp_path / "half")}).endswith(
+        "half holds neither a model nor an adapter: name the folder of a finished run"
+    )
+    assert refused(**{"from": str(tmp_path / "hlf")}).endswith(f"hlf; did you mean {tmp_path / 'half'}?")
     (tmp_path / "half/config.yaml").write_text("run: {}\n")
     assert "is a run that has not finished: resume it first" in refused(**{"from": str(tmp_path / "half")})
     assert "is a reward model, which writes no text" in refused(**{"from": str(world / "reward")})
@@ -125,7 +127,7 @@ def test_all_this_is_said_before_torch_is_loaded(world: Path, tmp_path: Path) ->
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("\n") == 1
-    assert "holds neither a model nor an adapter" in done.stderr
+    assert "there is no folder" in done.stderr
 
 
 # Prompts that are too long

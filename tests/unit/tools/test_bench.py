@@ -179,6 +179,11 @@ def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     [
         ("method=foo", "'method' is one of sft, dpo, not foo"),
         ("compare=full,foo", "'compare' is one of full, full16, lora, qlora, sft, dpo, not foo"),
+        ("compare=full,qlra", "lora, qlora, sft, dpo, not qlra; did you mean 'qlora'?"),
+        (
+            "run.memory=1MB",
+            "run.memory=1MB is too little: the weights alone take 10.0MB; write a larger amount, or run.memory=auto",
+        ),
         ("model.shape=lama-65b", "model.shape=lama-65b is not known: did you mean llama-65b?"),
         ("model.shape=bar", "write one of llama-2-7b, llama-3.1-8b, llama-65b, qwen-2.5-0.5b, tiny, or model.path=DIR"),
         ("cap=12", "cap=12 is no amount: write one such as 48GB or 44.5GiB"),
