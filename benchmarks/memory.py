@@ -16,6 +16,7 @@ a CPU, where nothing is capped.
 """
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -162,10 +163,16 @@ def cap_of(row: Row, asked: Mapping[str, str]) -> str:
     return row.cap if asked["cap"] == "own" else asked["cap"]
 
 
+def allocator_settings() -> str:
+    """What the environment asks of PyTorch's allocator, which moves figures; empty: nothing."""
+    return os.environ.get("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""))
+
+
 def columns_of(name: str, row: Row, asked: Mapping[str, str], reading: Mapping[str, Any]) -> dict[str, object]:
     """The row of results.csv: of what did not fit, without figures."""
     cap = cap_of(row, asked)
     told = {"row": name, "cap": cap, **{key: asked[key] for key in TOLD}}
+    told |= {"allocator": allocator} if (allocator := allocator_settings()) else {}
     search = row.kind == "longest"
     told |= {"most": asked["most"]} if search else {"sequences": row.sequences, "length": row.length}
     settings = " ".join([*(f"{key}={value}" for key, value in told.items()), *asked["also"].split()])

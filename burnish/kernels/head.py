@@ -28,7 +28,7 @@ def read_rows(
     assert logits.is_contiguous()
     log_probs, totals = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     correct = torch.empty(rows, dtype=torch.bool, device=logits.device)
-    gradient = _over(logits, dtype)
+    gradient = _over(logits, dtype)  # where it is not wanted too: a pointer of another dtype were another program
     if rows:
         block, warps = _launch(columns)
         with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():

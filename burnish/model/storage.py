@@ -193,11 +193,11 @@ def _agree(tensors: Mapping[str, Tensor], key: str, levels: Tensor) -> None:
 def lay_in_one_piece(module: nn.Module) -> None:
     """Move all parameters of a module into one block of memory: matrices first, then vectors, each in their order.
 
-    What stays for good then leaves no gaps between what was needed while it was read, and the weights of layers that
-    read the same input lie end to end.
+    What stays for good then leaves no gaps between what was needed while it was read, and matrices lie end to end where
+    their bytes are multiples of 128. Whoever keeps one of them keeps the block.
     """
     parameters = sorted(module.parameters(), key=lambda parameter: -parameter.ndim)
-    if any(parameter.is_meta for parameter in parameters):
+    if not parameters or any(parameter.is_meta for parameter in parameters):
         return
     ends = list(accumulate(-(-parameter.nbytes // _ALIGNED) * _ALIGNED for parameter in parameters))
     device = parameters[0].device

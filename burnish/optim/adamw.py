@@ -294,11 +294,7 @@ class AdamW(torch.optim.Optimizer):
             return
         for piece in bundle.pieces[i]:
             if state or self._pages.made(piece.page):
-                for name, moment in piece.moments(self._pages.contents(piece.page), bundle.eight).items():
-                    if state:
-                        moment.copy_(state[name].view(-1)[places(name, piece.first) : places(name, piece.last)])
-                    else:
-                        moment.zero_()
+                self._pages.put(piece, bundle.eight, state)
 
     def _update(self, works: Sequence[Launch | Reference], scale: Tensor | None) -> None:
         """What is on the device at once, then pages from the host, one after the other."""

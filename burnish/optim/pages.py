@@ -187,6 +187,17 @@ class Pages:
         self._inside = [None] * len(self._buffers)
         return self._away[number]
 
+    def put(self, piece: Piece, eight: bool, state: Mapping[str, Tensor]) -> None:
+        """Write a piece's moments, out of those of its whole tensor; zeros where there are none.
+
+        Nothing of the page is held when that is done: for the next piece it may have to leave the device.
+        """
+        for name, moment in piece.moments(self.contents(piece.page), eight).items():
+            if state:
+                moment.copy_(state[name].view(-1)[places(name, piece.first) : places(name, piece.last)])
+            else:
+                moment.zero_()
+
     def prefetch(self) -> None:
         """Begin to copy the last two pages to their buffers: those with which updates begin."""
         for number in range(len(self) - 1, len(self) - 3, -1):

@@ -293,6 +293,24 @@ def test_states_for_which_the_device_has_no_room_are_made_on_the_host(
     assert_same(tensors(optimizer, parameters), expected(dtype, eight))
 
 
+@kinds
+@pytest.mark.parametrize("capacity", [2, 3, 4, 6, 9])
+def test_states_of_a_run_are_read_again_where_the_device_has_no_room_for_them(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, eight: bool, capacity: int
+) -> None:
+    wanted, first = expected(dtype, eight), made(dtype)
+    optimizer = optimizer_of(first, eight)
+    run(optimizer, first, range(2))
+    stored = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer, first).items()}
+    monkeypatch.setattr("burnish.optim.adamw.Pages", Small)
+    monkeypatch.setattr(Small, "capacity", capacity * PAGES[eight])
+    resumed = optimizer_of(first, eight, page=PAGES[eight])
+    restore_optimizer(resumed, first, stored)
+    assert resumed.away() > 0
+    run(resumed, first, range(2, STEPS))
+    assert_same(tensors(resumed, first), wanted)
+
+
 class Scarce(Small):
     """And a host that has room for so many bytes of pages, pinned: beyond them CUDA says so in words alone."""
 
