@@ -207,6 +207,7 @@ def open_learner(
     if planner is not None:
         planner.clips = optim.clip > 0
         planner.optimizers, planner.counted = (*planner.optimizers, learner.optimizer), counted
+        planner.begin()
     if decoder.fused is not None and by_hand and counted:
         learner.taking = decoder.fused.taking
     if mesh.world == 1:

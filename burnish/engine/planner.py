@@ -95,6 +95,12 @@ class Planner:
             self.decoder.fused.taking.wanted = found.taken
         return found.plan
 
+    def begin(self) -> None:
+        """At the least memory states are on the host from the start: those too that a resume reads before it plans."""
+        if self.run.memory == "least":
+            for optimizer in self._paged():
+                optimizer.evict(min(optimizer.movable(), host_bytes(self.device)))
+
     def smaller(self) -> Plan | None:
         """A plan for the room that there really is, and less than the decoder's takes; None where there is none."""
         sizes, before = self.sizes(), self.decoder.plan

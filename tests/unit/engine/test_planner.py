@@ -296,13 +296,15 @@ def test_evicted_states_come_back_and_wait_longer_each_time(tmp_path: Path, monk
 
 
 @pytest.mark.usefixtures("paging")
-def test_a_plan_sends_states_to_the_host_before_there_are_any_and_after_a_resume(tmp_path: Path) -> None:
-    run, wanted = opened(tmp_path, memory="least"), results(opened(tmp_path), [0] * 3)
-    optimizer = run[2].optimizer
+def test_at_the_least_memory_states_are_on_the_host_from_the_start_and_from_a_resume_on(tmp_path: Path) -> None:
+    ordinary, run = opened(tmp_path), opened(tmp_path, memory="least")
+    unpaged, optimizer = ordinary[2].optimizer, run[2].optimizer
+    assert isinstance(unpaged, AdamW)
     assert isinstance(optimizer, AdamW)
-    whole = optimizer.to_come()
-    assert optimizer.movable() > whole // 2
-    found = results(run, [0] * 3)
+    whole = unpaged.to_come()
+    assert unpaged.movable() > whole // 2
+    assert optimizer.movable() == 0
+    wanted, found = results(ordinary, [0] * 3), results(run, [0] * 3)
     assert_same(found, wanted)
     assert optimizer.held() + optimizer.movable() + optimizer.to_come() < whole // 2
     assert optimizer.away() > whole // 2
@@ -312,6 +314,8 @@ def test_a_plan_sends_states_to_the_host_before_there_are_any_and_after_a_resume
     other = again[2].optimizer
     assert isinstance(other, AdamW)
     adamw.restore_optimizer(other, again[2].parameters, found[1])
+    assert other.held() < whole // 2  # though nothing is planned yet
+    assert other.away() > whole // 2
     assert planned.held().to_come == sum(p.nbytes for p in again[2].parameters.values()) + other.to_come()
     assert other.to_come() == 0
     step(again)
