@@ -37,24 +37,25 @@ class Launch(NamedTuple):
 
 # By channels, filled up to a power of two. Two programs of 4 warps on a multiprocessor, or one of 8, fill each other's
 # pauses; 128 queries to a program are what the cache can feed.
-FORWARD = {64: Launch(128, 64, 3, 4), 128: Launch(128, 64, 2, 4), 256: Launch(128, 64, 2, 8)}
-QUERIES = {64: Launch(128, 64, 3, 8), 128: Launch(128, 64, 2, 8, True), 256: Launch(64, 32, 2, 4)}
-KEYS = {64: Launch(128, 64, 3, 8), 128: Launch(128, 64, 2, 8), 256: Launch(64, 32, 2, 8)}
+FORWARD = {64: Launch(128, 64, 3, 4), 128: Launch(128, 64, 2, 4), 256: Launch(128, 64, 2, 8, True)}
+QUERIES = {64: Launch(128, 64, 3, 8), 128: Launch(128, 64, 2, 8, True), 256: Launch(128, 32, 2, 8)}
+KEYS = {64: Launch(128, 64, 3, 8), 128: Launch(128, 64, 2, 8), 256: Launch(64, 64, 2, 8)}
 SECTION = 16 * 2**20
 """Programs go over heads in sections whose walked tensors take at most so many bytes: they are read from the cache."""
 
-Tables = tuple[Tensor, Tensor, Tensor, int, int]
-"""`ops.blocks.Blocks`: blocks of queries, of keys, of visits, the rows of a block and of a visit."""
+Tables = tuple[Tensor, Tensor, Tensor, int, Tensor | None, int, int]
+"""`ops.blocks.Blocks`: blocks of queries, of keys, visits, how many sums a head has, prefixes, rows of a block and of a
+visit."""
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float, window: int, shared: bool
 ) -> tuple[Tensor, Tensor]:
-    """(out [T, H, C], logarithms of sums in base 2 [H, T]). window 0: none; shared: some sequences have a prefix."""
+    """(out [T, H, C], logarithms of sums in base 2 by head). window 0: none; shared: some sequences have a prefix."""
     (num_rows, heads, width), groups = q.shape, k.shape[1]
-    queries, _, _, block, _ = tables
+    queries, _, _, num_sums, _, block, _ = tables
     out = torch.empty((num_rows, heads, width), dtype=q.dtype, device=q.device)
-    sums = _per_row(heads, num_rows, q.device)
+    sums = torch.empty((heads, num_sums), dtype=torch.float32, device=q.device)
     if num_rows:
         pad, launch = _chosen(FORWARD, width)
         own, walked = min(launch.own, block), launch.walked
@@ -62,7 +63,7 @@ def forward(
         with _on(q):
             _forward[(tiles * heads,)](
                 _map(q, own, pad), _map(k, walked, pad), _map(v, walked, pad), out, sums, queries, tiles,
-                _section(k, groups) * (heads // groups), sums.stride(0), scale * _LOG2_E,
+                _section(k, groups) * (heads // groups), num_sums, scale * _LOG2_E,
                 HEADS=heads, GROUP=heads // groups, WIDTH=width, PAD=pad, WINDOW=window, SHARED=shared, BLOCK=block,
                 OWN=own, WALKED=walked, STAGES=launch.stages, AHEAD=launch.ahead, num_warps=launch.warps,
             )  # fmt: skip
@@ -76,12 +77,12 @@ def backward(
     """The gradients of q, k and v, the `given`, each contiguous."""
     q, k, v = given
     (num_rows, heads, width), groups = q.shape, k.shape[1]
-    queries, keys, visits, block, visit = tables
+    queries, keys, visits, _, _, block, visit = tables
     assert out.is_contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in given)
     if not num_rows:
         return dq, dk, dv
-    products = _per_row(heads, num_rows, q.device)
+    products = torch.empty(sums.shape, dtype=sums.dtype, device=sums.device)
     common = {"WIDTH": width, "WINDOW": window, "SHARED": shared, "BLOCK": block, "GROUP": heads // groups}
     scales = scale * _LOG2_E, scale
     with _on(q):
@@ -90,7 +91,7 @@ def backward(
         tiles = len(queries) * (block // own)
         _gradient_of_queries[(tiles * heads,)](
             _map(q, own, pad), _map(k, walked, pad), _map(v, walked, pad), _map(dout, own, pad), out, sums, products,
-            dq, queries, tiles, _section(k, groups) * (heads // groups), sums.stride(0), *scales,
+            dq, queries, tiles, _section(k, groups) * (heads // groups), sums.shape[1], *scales,
             HEADS=heads, PAD=pad, OWN=own, WALKED=walked, STAGES=launch.stages, AHEAD=launch.ahead, **common,
             num_warps=launch.warps,
         )  # fmt: skip
@@ -111,18 +112,13 @@ _LOG2_E = 1.4426950408889634
 
 
 def _chosen(launches: dict[int, Launch], width: int) -> tuple[int, Launch]:
-    pad = max(16, triton.next_power_of_2(width))
+    pad = max(16, 1 << (width - 1).bit_length())
     return pad, launches[max(64, pad)]
 
 
 def _map(x: Tensor, rows: int, pad: int) -> TensorDescriptor:
     """Tiles of some rows of one head of x [T, heads, C]; what is beyond its rows and channels is 0."""
     return TensorDescriptor.from_tensor(x.transpose(0, 1), [1, rows, pad])
-
-
-def _per_row(heads: int, num_rows: int, device: torch.device) -> Tensor:
-    """[H, T] in memory that tensor maps take: rows start at multiples of 16 bytes."""
-    return torch.empty((heads, -(-num_rows // 4) * 4), dtype=torch.float32, device=device)[:, :num_rows]
 
 
 def _section(walked: Tensor, groups: int) -> int:
@@ -135,15 +131,15 @@ def _on(x: Tensor) -> torch.cuda.device | nullcontext[None]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-@triton.jit(do_not_specialize=["num_tiles", "section", "row_stride"])
+@triton.jit(do_not_specialize=["num_tiles", "section", "num_sums"])
 def _forward(
-    q, k, v, out, sums, blocks, num_tiles, section, row_stride, scale2,
+    q, k, v, out, sums, blocks, num_tiles, section, num_sums, scale2,
     HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr, WINDOW: tl.constexpr,
     SHARED: tl.constexpr, BLOCK: tl.constexpr, OWN: tl.constexpr, WALKED: tl.constexpr, STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
 ):  # fmt: skip
     head, tile = _share(num_tiles, section)
-    first, end, start, prefix_start, prefix = _queries(blocks, tile, BLOCK, OWN)
+    first, end, start, prefix_start, prefix, summed = _queries(blocks, tile, BLOCK, OWN)
     if first >= end:
         return
     row = first + tl.arange(0, OWN)
@@ -173,21 +169,22 @@ def _forward(
             s = tl.dot(query, k.load([group, next_at, 0]).reshape([WALKED, PAD]).T)
         value = v.load([group, at, 0]).reshape([WALKED, PAD])
         acc = tl.dot(p.to(value.dtype), value, acc * factor[:, None])
+    total = tl.where(row < end, total, 1.0)  # rows beyond the sequence may see nothing
     place, mask = _rows_of(row, end, head, HEADS, WIDTH, PAD)
     tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
-    tl.store(sums + head.to(tl.int64) * row_stride + row, top + tl.log2(total), mask=row < end)
+    tl.store(sums + head.to(tl.int64) * num_sums + summed + row, top + tl.log2(total), mask=row < end)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "section", "row_stride"])
+@triton.jit(do_not_specialize=["num_tiles", "section", "num_sums"])
 def _gradient_of_queries(
-    q, k, v, dout, out, sums, products, dq, blocks, num_tiles, section, row_stride, scale2, scale,
+    q, k, v, dout, out, sums, products, dq, blocks, num_tiles, section, num_sums, scale2, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr, WINDOW: tl.constexpr,
     SHARED: tl.constexpr, BLOCK: tl.constexpr, OWN: tl.constexpr, WALKED: tl.constexpr, STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Also writes, for the gradient of keys, the product of each row of out with its gradient."""
     head, tile = _share(num_tiles, section)
-    first, end, start, prefix_start, prefix = _queries(blocks, tile, BLOCK, OWN)
+    first, end, start, prefix_start, prefix, summed = _queries(blocks, tile, BLOCK, OWN)
     if first >= end:
         return
     row = first + tl.arange(0, OWN)
@@ -198,7 +195,7 @@ def _gradient_of_queries(
     place, mask = _rows_of(row, end, head, HEADS, WIDTH, PAD)
     result = tl.load(out + place, mask=mask, other=0.0)
     product = tl.sum(result.to(tl.float32) * dresult.to(tl.float32), axis=1)
-    per_row = head.to(tl.int64) * row_stride + row
+    per_row = head.to(tl.int64) * num_sums + summed + row
     tl.store(products + per_row, product, mask=row < end)
     top = tl.load(sums + per_row, mask=row < end, other=0.0)
     if AHEAD:
@@ -234,9 +231,9 @@ def _gradient_of_keys(
     """Scores stand on their side, keys by queries: what is summed over queries is a product's left side then."""
     PARTS: tl.constexpr = VISIT // WALKED
     group, tile = _share(num_tiles, section)
-    entry = blocks + tile // (BLOCK // OWN) * 4
+    entry = blocks + tile // (BLOCK // OWN) * 5
     first, end = tl.load(entry) + tile % (BLOCK // OWN) * OWN, tl.load(entry + 1)
-    first_visit, last_visit = tl.load(entry + 2), tl.load(entry + 3)
+    first_visit, last_visit, own_summed = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
     if first >= end:
         return
     row = first + tl.arange(0, OWN)
@@ -256,12 +253,13 @@ def _gradient_of_keys(
         step, head = number, group
         if GROUP > 1:
             step, head = number % steps, group * GROUP + number // steps
-        at, query_end, shift, limit = first + step * WALKED, end, 0, end
+        at, query_end, shift, limit, summed = first + step * WALKED, end, 0, end, own_summed
         if SHARED:
             if step >= num_own:  # a sequence that reads these keys as a part of its prefix
-                visit = visits + (first_visit + (step - num_own) // PARTS) * 4
+                visit = visits + (first_visit + (step - num_own) // PARTS) * 5
                 at = tl.load(visit) + (step - num_own) % PARTS * WALKED
                 query_end, shift, limit = tl.load(visit + 1), tl.load(visit + 2), tl.load(visit + 3)
+                summed = tl.load(visit + 4)
         query = q.load([head, at, 0]).reshape([WALKED, PAD])
         s = tl.dot(key, query.T)
         # Hidden everywhere: a branch around it makes ptxas wait after each product.
@@ -269,13 +267,13 @@ def _gradient_of_keys(
         seen = column[None, :] >= lowest[:, None]
         if WINDOW > 0:
             seen = seen & (column[None, :] < (row - shift - at + WINDOW)[:, None])
-        top = sums.load([head, at]).reshape([WALKED])
-        top = tl.where(at + column < query_end, top, float("inf"))
+        exists = at + column < query_end  # sums beyond may never have been written
+        top = tl.where(exists, sums.load([head, summed + at]).reshape([WALKED]), float("inf"))
         p = tl.exp2(tl.where(seen, s, float("-inf")) * scale2 - top[None, :])
         dresult = dout.load([head, at, 0]).reshape([WALKED, PAD])
         dvalue = tl.dot(p.to(dresult.dtype), dresult, dvalue)
         dp = tl.dot(value, dresult.T)
-        product = products.load([head, at]).reshape([WALKED])
+        product = tl.where(exists, products.load([head, summed + at]).reshape([WALKED]), 0.0)
         dkey = tl.dot((p * (dp - product[None, :])).to(query.dtype), query, dkey)
     place, mask = _rows_of(row, end, group, GROUPS, WIDTH, PAD)
     tl.store(dv + place, dvalue.to(dv.dtype.element_ty), mask=mask)
@@ -292,10 +290,12 @@ def _share(num_tiles, section):
 
 @triton.jit
 def _queries(blocks, tile, BLOCK: tl.constexpr, OWN: tl.constexpr):
-    """Of a tile of queries: its first row, where its sequence ends and starts, its prefix's first row and length."""
-    entry = blocks + tile // (BLOCK // OWN) * 5
+    """Of a tile of queries: its first row, where its sequence ends and starts, its prefix's first row and length, what
+    to add to a row for the place of its sum."""
+    entry = blocks + tile // (BLOCK // OWN) * 6
     first = tl.load(entry) + tile % (BLOCK // OWN) * OWN
-    return first, tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
+    prefix_start, prefix = tl.load(entry + 3), tl.load(entry + 4)
+    return first, tl.load(entry + 1), tl.load(entry + 2), prefix_start, prefix, tl.load(entry + 5)
 
 
 @triton.jit

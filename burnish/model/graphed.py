@@ -29,6 +29,7 @@ from burnish.model.families import DecoderConfig
 from burnish.model.fused_pass import FusedPass, Trunk
 from burnish.model.recorder import Flight, Gradients, Lane, Recorder
 from burnish.model.shelf import HostMemory, Plan, Shelf
+from burnish.ops.blocks import padded as padded_blocks
 from burnish.ops.keys import padded
 
 ROWS = 256
@@ -333,13 +334,16 @@ def _padded(given: Pass, key: Key) -> Pass:
     )
     starts = F.pad(layout.starts, (0, key.sequences + 1 - len(layout.starts)), value=key.tokens)
     keys = layout.keys and padded(layout.keys, key.sequences, key.keys, key.tokens)
-    return Pass(tables, layout._replace(starts=starts, longest=key.longest, keys=keys))
+    blocks = layout.blocks and padded_blocks(layout.blocks, starts, key.tokens)
+    return Pass(tables, layout._replace(starts=starts, longest=key.longest, keys=keys, blocks=blocks))
 
 
 def _tensors(given: Pass) -> list[Tensor]:
     """All that a pass is given besides x."""
     assert given.layout is not None
-    return [*itertools.chain(*given.tables), given.layout.starts, *(given.layout.keys or ())]
+    blocks = given.layout.blocks
+    read = () if blocks is None else (blocks.queries, blocks.keys, blocks.visits)
+    return [*itertools.chain(*given.tables), given.layout.starts, *(given.layout.keys or ()), *read]
 
 
 def _are(parameters: Sequence[nn.Parameter], factors: Factors | None) -> bool:

@@ -12,6 +12,8 @@ their queries at the prefix, which nobody reads, stay 0.
 need 0.6 of FlashAttention 2's time there. cuDNN makes a plan for every shape, which takes 170 ms: only sequences of one
 length go to it, a multiple of 64, so that shapes are few. Its ragged form is left alone: PyTorch 2.11 makes the plan
 anew at every call (pytorch/pytorch#191576), and the backward pass reads beyond its memory (pytorch/pytorch#186142).
+`RAGGED_ON_HOPPER` says what takes all other batches there: FlashAttention 2, or kernels of our own
+(`kernels/attention.py`), which read the prompts that sequences share where they stand.
 """
 
 import functools
@@ -19,14 +21,15 @@ import inspect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from burnish.ops import wide_dtype
+from burnish.ops import runs_kernels, wide_dtype
+from burnish.ops.blocks import Blocks, backward_by_blocks, blocks_of_batch, forward_by_blocks, takes_blocks
 from burnish.ops.keys import Keys, add_up, copy_out, keys_of, places
 from burnish.ops.pointwise import soft_cap
 from burnish.types import Batch
@@ -35,6 +38,8 @@ GROUP_RATIO = 0.6
 """Sequences at least so long, relative to the longest of their group, are padded to it rather than grouped apart."""
 PLANNED_LENGTHS = 64
 """cuDNN is asked for sequences whose length is a multiple of this."""
+RAGGED_ON_HOPPER: Literal["flash", "blocks"] = "flash"
+"""What takes sequences of several lengths on Hopper where nothing asks for autograd."""
 
 
 class Group(NamedTuple):
@@ -70,6 +75,8 @@ class Layout(NamedTuple):
     """What is read besides a sequence's own tokens; None where every sequence is whole."""
     even: bool = False
     """Whether the sequences are whole and all of one length, a multiple of `PLANNED_LENGTHS`."""
+    blocks: Blocks | None = None
+    """What our own kernels go by; None where they have no part."""
 
 
 def packed_layout(batch: Batch, padded: bool) -> Layout:
@@ -80,7 +87,8 @@ def packed_layout(batch: Batch, padded: bool) -> Layout:
         return Layout(batch.starts, longest, _padded_rows(batch, keys), kernel_shares_heads=False, keys=keys)
     of_one_length = keys is None and batch.num_sequences * batch.longest == len(batch.tokens)
     even = of_one_length and batch.longest % PLANNED_LENGTHS == 0
-    return Layout(batch.starts, longest, None, _kernel_shares_heads(), keys, even)
+    blocks = blocks_of_batch(batch) if _wants_blocks(batch.starts.device) else None
+    return Layout(batch.starts, longest, None, _kernel_shares_heads(), keys, even, blocks)
 
 
 def wants_padding(device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None) -> bool:
@@ -138,6 +146,8 @@ def attention_forward(
     assert softcap is None
     if _suits_cudnn(q_THC, layout, window):
         return _cudnn_forward(q_THC, k_TGC, v_TGC, len(layout.starts) - 1, scale)
+    if layout.blocks is not None and takes_blocks(q_THC):
+        return forward_by_blocks(q_THC, k_TGC, v_TGC, layout.blocks, scale, _reach(layout, window))
     if layout.keys is not None:
         k_TGC, v_TGC = copy_out(k_TGC, v_TGC, layout.keys)
     return _flash_forward(q_THC, k_TGC, v_TGC, layout, scale, window)
@@ -165,6 +175,8 @@ def attention_backward(
     (lse,) = saved
     if lse.ndim > 2:  # [H, T] where FlashAttention made it
         return _cudnn_backward(dout_THC, given, out_THC, lse, len(layout.starts) - 1, scale)
+    if layout.blocks is not None and takes_blocks(q):
+        return backward_by_blocks(dout_THC, given, out_THC, lse, layout.blocks, scale, _reach(layout, window))
     if layout.keys is None:
         return _flash_backward(dout_THC, given, out_THC, lse, layout, scale, window)
     read = (q, *copy_out(k, v, layout.keys))
@@ -294,6 +306,15 @@ def _kernel_shares_heads() -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def _wants_blocks(device: torch.device) -> bool:
+    return RAGGED_ON_HOPPER == "blocks" and runs_kernels(device) and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _reach(layout: Layout, window: int | None) -> int | None:
+    """The window, if anything is beyond it."""
+    return None if window is None or window >= layout.longest else window
 
 
 def _suits_cudnn(q: Tensor, layout: Layout, window: int | None) -> bool:
