@@ -254,7 +254,7 @@ def _gradient_of_keys(
         if GROUP > 1:
             step, head = number % steps, group * GROUP + number // steps
         at, query_end, shift, limit, summed = first + step * WALKED, end, 0, end, own_summed
-        if SHARED:
+        if SHARED:  # noqa: SIM102 - the outer one is decided when this is compiled
             if step >= num_own:  # a sequence that reads these keys as a part of its prefix
                 visit = visits + (first_visit + (step - num_own) // PARTS) * 5
                 at = tl.load(visit) + (step - num_own) % PARTS * WALKED

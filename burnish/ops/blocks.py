@@ -148,7 +148,7 @@ def _divided(lengths: Tensor, rows: int, num_tokens: int) -> tuple[Tensor, Tenso
 
 
 def _readers(starts: Tensor, num_tokens: int, prefixes: Tensor) -> _Readers:
-    first, length = prefixes.unbind(1)
+    first, length = prefixes.T.contiguous()
     owner = torch.searchsorted(starts, first, right=True) - 1
     owner = torch.where(length > 0, owner, len(starts) - 1)
     key, order = (owner * (num_tokens + 1) + num_tokens - first - length).sort(stable=True)

@@ -1,4 +1,4 @@
-"""Attention over ragged sequences in Triton's interpreter, in small blocks: against float64, with memory full of NaN."""
+"""Attention over ragged sequences in Triton's interpreter, in small blocks: against float64, memory full of NaN."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -20,8 +20,8 @@ from tests.tiny import Groups, tiny_batch, tiny_shared_batch
 
 __all__ = ["right_casts"]
 pytestmark = pytest.mark.usefixtures("right_casts")
-LENGTHS = [17, 1, 65, 2, 40]
-GROUPS: Groups = [(40, (30, 7)), (9, (50, 1, 33)), (32, (32, 2, 3, 18)), (3, (8,))]
+LENGTHS = [17, 1, 66, 2]
+GROUPS: Groups = [(37, (30, 7)), (9, (25, 1, 33)), (16, (16, 2, 3, 18)), (3, (8,))]
 NAMES = ("out", "dq", "dk", "dv")
 
 
@@ -48,7 +48,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Blocks.__new__, "__defaults__", (32, 16))
     monkeypatch.setattr(tables, "ROWS", 32)
     monkeypatch.setattr(tables, "VISIT", 16)
-    launches = {"FORWARD": Launch(32, 16, 1, 4), "QUERIES": Launch(16, 32, 1, 4), "KEYS": Launch(16, 16, 1, 4)}
+    launches = {"FORWARD": Launch(32, 16, 1, 4), "QUERIES": Launch(32, 32, 1, 4), "KEYS": Launch(16, 16, 1, 4)}
     for name, launch in launches.items():
         monkeypatch.setattr(kernels, name, {64: launch})
 
@@ -97,9 +97,14 @@ def assert_within_twice(
         assert (ours.double() - true).norm() <= 2 * (theirs.double() - true).norm() + 1e-6 * true.norm(), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("window", [None, 1, 20])
-@pytest.mark.parametrize("heads", [Heads(2, 2, 16), Heads(4, 1, 24)])
+@pytest.mark.parametrize(
+    ("heads", "dtype", "window"),
+    [
+        (Heads(2, 2, 16), torch.float16, None),
+        (Heads(1, 1, 16), torch.float32, 20),
+        (Heads(3, 1, 24), torch.float16, 3),
+    ],
+)
 def test_ragged_sequences_err_at_most_twice_as_much_as_plain_attention(heads, window, dtype) -> None:
     batch = tiny_batch(LENGTHS)
     given, dout = given_for(sum(LENGTHS), heads, dtype)
@@ -107,9 +112,14 @@ def test_ragged_sequences_err_at_most_twice_as_much_as_plain_attention(heads, wi
     assert_within_twice(found, given, dout, batch, window)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("window", [None, 1, 20])
-@pytest.mark.parametrize("heads", [Heads(2, 2, 16), Heads(3, 1, 8)])
+@pytest.mark.parametrize(
+    ("heads", "dtype", "window"),
+    [
+        (Heads(2, 1, 8), torch.float16, None),
+        (Heads(1, 1, 16), torch.float32, 20),
+        (Heads(1, 1, 16), torch.float16, 3),
+    ],
+)
 def test_prompts_are_read_where_they_stand(heads, window, dtype) -> None:
     _, batch, _ = tiny_shared_batch(GROUPS)
     given, dout = given_for(len(batch.tokens), heads, dtype)
@@ -118,11 +128,10 @@ def test_prompts_are_read_where_they_stand(heads, window, dtype) -> None:
 
 
 @pytest.mark.usefixtures("ahead")
-@pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("shared", "window"), [(False, None), (True, 20)])
 def test_scores_made_ahead_are_the_same(shared: bool, window) -> None:
     batch = tiny_shared_batch(GROUPS)[1] if shared else tiny_batch(LENGTHS)
-    given, dout = given_for(len(batch.tokens), Heads(2, 1, 16), torch.float16)
+    given, dout = given_for(len(batch.tokens), Heads(1, 1, 16), torch.float16)
     found = by_kernels(given, dout, blocks_of_batch(batch), 0.3, window)
     assert_within_twice(found, given, dout, batch, window)
 
@@ -146,11 +155,11 @@ def test_sequences_of_no_tokens_change_nothing() -> None:
 def test_a_padded_batch_has_the_bits_of_the_batch_every_time() -> None:
     _, batch, _ = tiny_shared_batch(GROUPS)
     total, more = len(batch.tokens), 21
-    given, dout = given_for(total, Heads(2, 1, 16), torch.float16)
+    given, dout = given_for(total, Heads(1, 1, 16), torch.float16)
     blocks = blocks_of_batch(batch)
     expected = by_kernels(given, dout, blocks, 0.3, 20)
     starts = torch.cat((batch.starts, torch.tensor([total + more] * 3, dtype=torch.int32)))
-    larger, dout_larger = given_for(total + more, Heads(2, 1, 16), torch.float16)
+    larger, dout_larger = given_for(total + more, Heads(1, 1, 16), torch.float16)
     for ours, theirs in zip((*larger, dout_larger), (*given, dout), strict=True):
         ours[:total] = theirs
     for _ in range(2):
@@ -161,10 +170,10 @@ def test_a_padded_batch_has_the_bits_of_the_batch_every_time() -> None:
 
 def test_heads_are_gone_over_in_sections(monkeypatch: pytest.MonkeyPatch) -> None:
     """A section of every size gives the same bits."""
-    batch = tiny_batch([20, 35])
-    given, dout = given_for(55, Heads(8, 4, 16), torch.float16)
+    batch = tiny_batch([20, 12])
+    given, dout = given_for(32, Heads(8, 4, 16), torch.float16)
     results: list[list[Tensor]] = []
-    for section in (1, 2 * 2 * 55 * 16 * 2, 2**24):  # one key-value head, two, all
+    for section in (1, 2 * 2 * 32 * 16 * 2, 2**24):  # one key-value head, two, all
         monkeypatch.setattr(kernels, "SECTION", section)
         results.append(by_kernels(given, dout, blocks_of_batch(batch), 0.3, None))
     for found in results[1:]:
