@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -186,8 +185,11 @@ def test_times(capsys: pytest.CaptureFixture[str]) -> None:
             ways["cuDNN"] = layout
         found: dict[str, tuple[float, float]] = {}
         for way, each in ways.items():
-            forward = partial(attention_forward, *given, each, 0.09)
-            found[way] = times(forward), times(partial(attention_backward, dout, given, *forward(), each, 0.09))
+            forward = functools.partial(attention_forward, *given, each, 0.09)
+            found[way] = (
+                times(forward),
+                times(functools.partial(attention_backward, dout, given, *forward(), each, 0.09)),
+            )
         with capsys.disabled():
             print(f"\n{name}: " + "; ".join(f"{way} {a:.3f} + {b:.3f} ms" for way, (a, b) in found.items()), flush=True)
         slower += [name for ours, theirs in zip(found["ours"], found["FlashAttention 2"], strict=True) if ours > theirs]
