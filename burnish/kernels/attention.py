@@ -43,9 +43,8 @@ KEYS = {64: Launch(128, 64, 3, 8), 128: Launch(128, 64, 2, 8), 256: Launch(64, 6
 SECTION = 16 * 2**20
 """Programs go over heads in sections whose walked tensors take at most so many bytes: they are read from the cache."""
 
-Tables = tuple[Tensor, Tensor, Tensor, int, Tensor | None, int, int]
-"""`ops.blocks.Blocks`: blocks of queries, of keys, visits, how many sums a head has, prefixes, rows of a block and of a
-visit."""
+Tables = tuple[Tensor, Tensor, Tensor, int, int, int]
+"""`ops.blocks.Blocks`: blocks of queries, of keys, visits, how many sums a head has, rows of a block and of a visit."""
 
 
 def forward(
@@ -53,7 +52,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out [T, H, C], logarithms of sums in base 2 by head). window 0: none; shared: some sequences have a prefix."""
     (num_rows, heads, width), groups = q.shape, k.shape[1]
-    queries, _, _, num_sums, _, block, _ = tables
+    queries, _, _, num_sums, block, _ = tables
     out = torch.empty((num_rows, heads, width), dtype=q.dtype, device=q.device)
     sums = torch.empty((heads, num_sums), dtype=torch.float32, device=q.device)
     if num_rows:
@@ -77,7 +76,7 @@ def backward(
     """The gradients of q, k and v, the `given`, each contiguous."""
     q, k, v = given
     (num_rows, heads, width), groups = q.shape, k.shape[1]
-    queries, keys, visits, _, _, block, visit = tables
+    queries, keys, visits, _, block, visit = tables
     assert out.is_contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in given)
     if not num_rows:

@@ -6,6 +6,7 @@ names its visits, which are rows of the sequences that read it from elsewhere. T
 these many tokens can have at most; those beyond are empty, and so the sizes of all tables are known on the host.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,12 @@ from burnish.types import Batch
 ROWS, VISIT = 128, 64
 
 
-class Blocks(NamedTuple):
-    """Tables in int32. A prefix begins where some sequence does, and is a part of it."""
+@dataclass(slots=True, eq=False)
+class Blocks:
+    """Tables in int32. A prefix begins where some sequence does, and is a part of it.
+
+    Not a tuple: compiled code would look into it and be made anew for every batch.
+    """
 
     queries: Int[Tensor, "blocks 6"]
     """First row, end and start of its sequence, first row of its prefix, length of that; nothing: first and end 0.
@@ -34,9 +39,13 @@ class Blocks(NamedTuple):
     """Places for the sums of rows that each head has."""
     prefixes: Int[Tensor, "S 2"] | None
     """First row and length of what each sequence reads before its own tokens; None: nothing at all."""
-    rows: int = ROWS
+    rows: int
     """The most rows of a block, and of a visit."""
-    visit_rows: int = VISIT
+    visit_rows: int
+
+    def tables(self) -> tuple[Tensor, Tensor, Tensor, int, int, int]:
+        """What a kernel is given."""
+        return self.queries, self.keys, self.visits, self.num_sums, self.rows, self.visit_rows
 
 
 class _Readers(NamedTuple):
@@ -77,7 +86,7 @@ def blocks_of(starts: Int[Tensor, " S+1"], num_tokens: int, prefixes: Int[Tensor
         visits = _visits(starts, num_tokens, prefixes, readers)
     tables = (_sorted(queries, torch.where(exists, behind, -1)), _sorted(keys, torch.where(exists, ahead, -1)))
     num_sums = ((num_tokens + 3) // 4 + len(starts) - 1) * 4
-    return Blocks(*tables, visits, num_sums, prefixes)
+    return Blocks(*tables, visits, num_sums, prefixes, ROWS, VISIT)
 
 
 def blocks_of_batch(batch: Batch) -> Blocks:
@@ -112,7 +121,7 @@ def forward_by_blocks(
     """Attention by our own kernels, and the log-sum-exp of each row, in base 2."""
     from burnish.kernels.attention import forward
 
-    out, sums = forward(q_THC, k_TGC, v_TGC, blocks, scale, window or 0, blocks.prefixes is not None)
+    out, sums = forward(q_THC, k_TGC, v_TGC, blocks.tables(), scale, window or 0, blocks.prefixes is not None)
     return out, (sums,)
 
 
@@ -128,7 +137,7 @@ def backward_by_blocks(
     """The gradients of q, k and v, the `given`. What many read of a shared prompt is summed in one order."""
     from burnish.kernels.attention import backward
 
-    return backward(dout_THC, given, out_THC, sums, blocks, scale, window or 0, blocks.prefixes is not None)
+    return backward(dout_THC, given, out_THC, sums, blocks.tables(), scale, window or 0, blocks.prefixes is not None)
 
 
 def _summed(starts: Tensor) -> Tensor:

@@ -45,7 +45,6 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 32 rows and visits of 16; a program has half a block of keys."""
-    monkeypatch.setattr(Blocks.__new__, "__defaults__", (32, 16))
     monkeypatch.setattr(tables, "ROWS", 32)
     monkeypatch.setattr(tables, "VISIT", 16)
     launches = {"FORWARD": Launch(32, 16, 1, 4), "QUERIES": Launch(32, 32, 1, 4), "KEYS": Launch(16, 16, 1, 4)}
@@ -227,7 +226,7 @@ def test_blocks_with_most_work_come_first() -> None:
 
 def test_sizes_of_tables_depend_on_sizes_alone() -> None:
     shapes = {
-        tuple(table.shape for table in blocks_of(torch.tensor(starts, dtype=torch.int32), 100)[:3])
+        tuple(table.shape for table in blocks_of(torch.tensor(starts, dtype=torch.int32), 100).tables()[:3])
         for starts in ([0, 100, 100, 100], [0, 1, 2, 100], [0, 33, 66, 100])
     }
     assert len(shapes) == 1
