@@ -196,7 +196,7 @@ def _gradient_of_queries(
     product = tl.sum(result.to(tl.float32) * dresult.to(tl.float32), axis=1)
     per_row = head.to(tl.int64) * num_sums + summed + row
     tl.store(products + per_row, product, mask=row < end)
-    top = tl.load(sums + per_row, mask=row < end, other=0.0)
+    top = tl.load(sums + per_row, mask=row < end, other=float("inf"))
     if AHEAD:
         at, _, _ = _keys(begin, skipped, start, end, prefix_start, prefix, SHARED, WALKED)
         s = tl.dot(query, k.load([group, at, 0]).reshape([WALKED, PAD]).T)
