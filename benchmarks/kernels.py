@@ -11,7 +11,7 @@ holds `only`; what fails is left out with the reason.
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,12 +25,13 @@ from benchmarks.rows import read_words as read
 from benchmarks.turns import median
 from burnish.ops import fp8, nf4
 from burnish.ops.add_norm import Gain, NormBackward, add_norm, add_norm_backward, norm_again
-from burnish.ops.attention import Layout, attention_backward, attention_forward, rotary_table
+from burnish.ops.attention import Layout, attention_backward, attention_forward, packed_layout, rotary_table
 from burnish.ops.gate import GateBackward, gate, gate_backward
 from burnish.ops.log_probs import read_rows
 from burnish.ops.outer import outer
 from burnish.ops.rope import Heads, rope, rope_backward
 from burnish.optim.adamw import AdamW, adamw
+from burnish.types import Batch
 
 WORDS = {"only": "", "results": "", "commit": "", "note": ""}
 """What can be asked for, and what is measured where it is not."""
@@ -43,6 +44,20 @@ BURST = 2**31
 """Bytes that a burst moves at least: 0.7 ms on an H100, beside which the start of a graph is short."""
 ROTATED = 2**28
 """Bytes that rotated inputs take at least: five times the L2 cache of an H100."""
+
+Prefixes = Sequence[tuple[int, int]]
+"""As a batch has them: where the prompt of each sequence starts that stands in another one, and its length."""
+ATTENDED: Sequence[tuple[str, Sequence[int], Prefixes]] = (
+    ("4x2048", [2048] * 4, ()),
+    ("packed 8192 in 7", [2500, 1800, 1500, 1000, 700, 400, 292], ()),
+    ("30x270", [270] * 30, ()),
+    (
+        "4x(1024 shared + 4x256)",
+        [1280, 256, 256, 256] * 4,
+        [(2048 * group, 1024 if number else 0) for group in range(4) for number in range(4)],
+    ),
+)
+"""Their title, the tokens of each sequence of its own, and what it reads before them."""
 
 Call = Callable[[], object]
 Case = tuple[str, Call, int]
@@ -204,18 +219,33 @@ def rope_cases(device: torch.device) -> Iterator[Case]:
 
 
 def attention_cases(device: torch.device) -> Iterator[Case]:
-    """Sequences of 2,048 tokens by either library: what counts is the time, for their work is products."""
-    starts = torch.arange(5, dtype=torch.int32, device=device) * (TOKENS // 4)
-    for keys, even in itertools.product((32, 8), (True, False)):
-        layout = Layout(starts, TOKENS // 4, None, kernel_shares_heads=True, even=even)
-        buffer, dout = (torch.randn(TOKENS, n, 128, device=device).bfloat16() for n in (32 + 2 * keys, 32))
-        given = buffer.split((32, keys, keys), dim=1)
-        out, saved = attention_forward(*given, layout, 0.09)
-        moved = 2 * (buffer.numel() + out.numel())
-        name = f"4x2048, 32 heads on {keys}, {'cuDNN' if even else 'FlashAttention'}"
-        yield f"attention {name}", partial(attention_forward, *given, layout, 0.09), moved
-        call = partial(attention_backward, dout, given, out, saved, layout, 0.09)
-        yield f"attention backward {name}", call, 2 * moved
+    """Packed sequences by each way that takes them: what counts is the time, for their work is products."""
+    for title, lengths, prefixes in ATTENDED:
+        for keys in (32, 8):
+            layouts = layouts_of(device, lengths, prefixes)
+            buffer, dout = (torch.randn(sum(lengths), n, 128, device=device).bfloat16() for n in (32 + 2 * keys, 32))
+            given = buffer.split((32, keys, keys), dim=1)
+            for way, layout in layouts.items():
+                out, saved = attention_forward(*given, layout, 0.09)
+                moved, name = 2 * (buffer.numel() + out.numel()), f"{title}, 32 heads on {keys}, {way}"
+                yield f"attention {name}", partial(attention_forward, *given, layout, 0.09), moved
+                call = partial(attention_backward, dout, given, out, saved, layout, 0.09)
+                yield f"attention backward {name}", call, 2 * moved
+
+
+def layouts_of(device: torch.device, lengths: Sequence[int], prefixes: Prefixes) -> dict[str, Layout]:
+    """The layout of sequences that each way of attention would be given."""
+    starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    one = torch.zeros(sum(lengths))
+    batch = Batch(
+        *[one.long()] * 2, one, one.long(), one.long(), starts, one.long()[:0], len(lengths), max(lengths), 0.0,
+        prefixes=tuple(prefixes),
+    ).to(device)  # fmt: skip
+    layout = packed_layout(batch, padded=False)
+    ways = {"FlashAttention 2": layout._replace(even=False, blocks=None)}
+    if layout.blocks is not None:
+        ways["by blocks"] = layout._replace(even=False)
+    return ways | ({"cuDNN": layout} if layout.even else {})
 
 
 def head_cases(device: torch.device) -> Iterator[Case]:

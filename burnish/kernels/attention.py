@@ -35,11 +35,11 @@ class Launch(NamedTuple):
     """Whether scores are made one block ahead: exponentials are then taken while a product is under way."""
 
 
-# By channels, filled up to a power of two. Two programs of 4 warps on a multiprocessor, or one of 8, fill each other's
-# pauses; 128 queries to a program are what the cache can feed.
-FORWARD = {64: Launch(128, 64, 3, 4), 128: Launch(128, 64, 2, 4), 256: Launch(128, 64, 2, 8, True)}
-QUERIES = {64: Launch(128, 64, 3, 8), 128: Launch(128, 64, 2, 8, True), 256: Launch(128, 32, 2, 8)}
-KEYS = {64: Launch(128, 64, 3, 8), 128: Launch(128, 64, 2, 8), 256: Launch(64, 64, 2, 8)}
+# By channels, filled up to a power of two. At 128, of 21 launches on an H100 these were the fastest at every shape that
+# was tried (LOG.md): a program of 4 warps with 64 rows leaves room for others, which fill each other's pauses.
+FORWARD = {64: Launch(128, 64, 3, 4), 128: Launch(64, 64, 3, 4), 256: Launch(128, 64, 2, 8, True)}
+QUERIES = {64: Launch(128, 64, 3, 8), 128: Launch(64, 64, 2, 4), 256: Launch(128, 32, 2, 8)}
+KEYS = {64: Launch(128, 64, 3, 8), 128: Launch(64, 64, 2, 4), 256: Launch(64, 64, 2, 8)}
 SECTION = 16 * 2**20
 """Programs go over heads in sections whose walked tensors take at most so many bytes: they are read from the cache."""
 

@@ -38,7 +38,7 @@ GROUP_RATIO = 0.6
 """Sequences at least so long, relative to the longest of their group, are padded to it rather than grouped apart."""
 PLANNED_LENGTHS = 64
 """cuDNN is asked for sequences whose length is a multiple of this."""
-RAGGED_ON_HOPPER: Literal["flash", "blocks"] = "flash"
+RAGGED_ON_HOPPER: Literal["flash", "blocks"] = "blocks"
 """What takes sequences of several lengths on Hopper where nothing asks for autograd."""
 
 

@@ -1,14 +1,12 @@
-"""Our own attention over ragged batches on Hopper: against float64, in a CUDA graph, and timed beside the libraries."""
+"""Our own attention over ragged batches on Hopper: against float64, beside FlashAttention 2, and in a CUDA graph."""
 
 import functools
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from burnish.ops import attention as ops
 from burnish.ops.attention import Layout, attention, attention_backward, attention_forward, packed_layout
 from burnish.ops.blocks import blocks_of, forward_by_blocks
 from burnish.types import Batch
@@ -35,11 +33,6 @@ class Heads(NamedTuple):
 
 
 LLAMA, LLAMA3 = Heads(32, 32, 128), Heads(32, 8, 128)
-
-
-@pytest.fixture(autouse=True)
-def by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "RAGGED_ON_HOPPER", "blocks")
 
 
 def given_for(total: int, heads: Heads, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
@@ -146,51 +139,3 @@ def test_a_recorded_pass_reads_new_blocks() -> None:
 def shared_batch() -> Batch:
     """4 prompts of 1,024 tokens with 4 answers of 256 each: 8,192 tokens."""
     return tiny_shared_batch([(1024, (256,) * 4)] * 4)[1]
-
-
-def times(call: Callable[[], object]) -> float:
-    """Milliseconds, the median of 15 replays of 5 calls."""
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call() for _ in range(5)]
-    graph.replay()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(15)]
-    for begin, end in events:
-        begin.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    del kept
-    return sorted(begin.elapsed_time(end) for begin, end in events)[7] / 5
-
-
-def cases() -> Iterator[tuple[str, Batch, Heads]]:
-    yield "4 x 2048", tiny_batch([2048] * 4), LLAMA
-    yield "4 x 2048, 32 heads on 8", tiny_batch([2048] * 4), LLAMA3
-    yield "16384", tiny_batch([16384]), LLAMA
-    yield "ragged, 8192 in 7", tiny_batch([2500, 1800, 1500, 1000, 700, 400, 292]), LLAMA
-    yield "30 x 270", tiny_batch([270] * 30), LLAMA
-    yield "4 x (1024 + 4 x 256), prompts shared", shared_batch(), LLAMA
-
-
-def test_times(capsys: pytest.CaptureFixture[str]) -> None:
-    """No case may be slower than FlashAttention 2; the table is printed."""
-    slower: list[str] = []
-    for name, batch, heads in cases():
-        layout = packed_layout(batch.to("cuda"), padded=False)
-        given, dout = given_for(len(batch.tokens), heads, torch.bfloat16)
-        ways = {"ours": layout._replace(even=False), "FlashAttention 2": layout._replace(even=False, blocks=None)}
-        if layout.even:
-            ways["cuDNN"] = layout
-        found: dict[str, tuple[float, float]] = {}
-        for way, each in ways.items():
-            forward = functools.partial(attention_forward, *given, each, 0.09)
-            found[way] = (
-                times(forward),
-                times(functools.partial(attention_backward, dout, given, *forward(), each, 0.09)),
-            )
-        with capsys.disabled():
-            print(f"\n{name}: " + "; ".join(f"{way} {a:.3f} + {b:.3f} ms" for way, (a, b) in found.items()), flush=True)
-        slower += [name for ours, theirs in zip(found["ours"], found["FlashAttention 2"], strict=True) if ours > theirs]
-    assert not slower
