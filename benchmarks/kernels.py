@@ -4,34 +4,34 @@ python -m benchmarks.kernels [only=NAME] [results=FILE] [commit=HASH] [note=TEXT
 
 What waits for memory is held against a plain copy: the bytes that it must move, over its time, as a share of what the
 copy moves in bytes read and written. Products are held against bf16 at the same shape, those of a Llama-2-7B block
-with 8,192 tokens. A burst of calls lies in a CUDA graph, so that no launch is waited for, over buffers that together
-are larger than the L2 cache; a time is the median of 20 bursts. One row is added to results.csv for each name that
-holds `only`; what fails is left out with the reason.
+with 8,192 tokens; attention in its several ways (`attended.py`) against FlashAttention 2. A burst of calls lies in a
+CUDA graph, so that no launch is waited for, over buffers that together are larger than the L2 cache; a time is the
+median of 20 bursts. One row is added to results.csv for each name that holds `only`; what fails is left out with the
+reason.
 """
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.attended import attention_readings
 from benchmarks.meter import device_name, here
 from benchmarks.rows import current_commit, write_row
 from benchmarks.rows import read_words as read
-from benchmarks.turns import median
+from benchmarks.timing import Call, Reading, attempt, burst, rotated, seconds
 from burnish.ops import fp8, nf4
 from burnish.ops.add_norm import Gain, NormBackward, add_norm, add_norm_backward, norm_again
-from burnish.ops.attention import Layout, attention_backward, attention_forward, packed_layout, rotary_table
+from burnish.ops.attention import rotary_table
 from burnish.ops.gate import GateBackward, gate, gate_backward
 from burnish.ops.log_probs import read_rows
 from burnish.ops.outer import outer
 from burnish.ops.rope import Heads, rope, rope_backward
 from burnish.optim.adamw import AdamW, adamw
-from burnish.types import Batch
 
 WORDS = {"only": "", "results": "", "commit": "", "note": ""}
 """What can be asked for, and what is measured where it is not."""
@@ -39,40 +39,8 @@ TOKENS = 8192
 PRODUCTS = {"qkv": (12288, 4096), "o": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)}
 """(outputs, inputs) of the matrices of a Llama-2-7B block."""
 WEIGHTS = [(4096, 4096), (11008, 4096), (22016, 4096)]
-WARM_UP, TIMED = 3, 20
-BURST = 2**31
-"""Bytes that a burst moves at least: 0.7 ms on an H100, beside which the start of a graph is short."""
-ROTATED = 2**28
-"""Bytes that rotated inputs take at least: five times the L2 cache of an H100."""
-
-Prefixes = Sequence[tuple[int, int]]
-"""As a batch has them: where the prompt of each sequence starts that stands in another one, and its length."""
-ATTENDED: Sequence[tuple[str, Sequence[int], Prefixes]] = (
-    ("4x2048", [2048] * 4, ()),
-    ("packed 8192 in 7", [2500, 1800, 1500, 1000, 700, 400, 292], ()),
-    ("30x270", [270] * 30, ()),
-    (
-        "4x(1024 shared + 4x256)",
-        [1280, 256, 256, 256] * 4,
-        [(2048 * group, 1024 if number else 0) for group in range(4) for number in range(4)],
-    ),
-)
-"""Their title, the tokens of each sequence of its own, and what it reads before them."""
-
-Call = Callable[[], object]
 Case = tuple[str, Call, int]
 """Its name, the call, and the bytes that the call must move at least."""
-
-
-class Reading(NamedTuple):
-    """What one name came to."""
-
-    name: str
-    seconds: float
-    rate: str
-    """With its unit."""
-    share: str
-    """With what it is a share of."""
 
 
 def main(asked: Mapping[str, str]) -> None:
@@ -80,7 +48,8 @@ def main(asked: Mapping[str, str]) -> None:
     device = here()
     if device.type != "cuda":
         raise ValueError("kernels are measured on a CUDA device, and there is none: run it where torch sees one")
-    readings = [*memory_readings(device, asked["only"]), *product_readings(device, asked["only"])]
+    kinds = (memory_readings, product_readings, attention_readings)
+    readings = [reading for kind in kinds for reading in kind(device, asked["only"])]
     print(f"\n{'name':40} {'ms':>9} {'rate':>14}  share")
     for one in readings:
         print(f"{one.name:40} {1000 * one.seconds:9.4f} {one.rate:>14}  {one.share}")
@@ -116,50 +85,6 @@ def product_readings(device: torch.device, only: str) -> Iterator[Reading]:
             bf16 = bf16 or taken  # the first
             if taken is not None and bf16 is not None:
                 yield Reading(name, taken, f"{work / taken / 1e12:.0f} TFLOP/s", f"{bf16 / taken:.3f} of bf16")
-
-
-def attempt(name: str, call: Call, calls: int) -> float | None:
-    """The seconds of a call, or None where it fails, with the reason printed."""
-    try:
-        taken = seconds(call, calls)
-    except Exception as error:  # whatever one kernel does, the others are measured
-        print(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
-        return None
-    print(f"{name}: {1000 * taken:.4f} ms", flush=True)
-    return taken
-
-
-def seconds(call: Call, calls: int) -> float:
-    """The median time of a call, over bursts of so many of them in one CUDA graph."""
-    for _ in range(WARM_UP):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        # Held until the end of the capture: each call writes to memory of its own, which no cache holds yet.
-        results = [call() for _ in range(calls)]
-    for _ in range(WARM_UP):
-        graph.replay()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(TIMED)]
-    for begin, end in events:
-        begin.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    del results
-    return median([begin.elapsed_time(end) for begin, end in events]) / 1000 / calls
-
-
-def burst(size: int) -> int:
-    """How many calls of so many bytes a burst holds."""
-    return max(2, -(-BURST // size))
-
-
-def rotated(call: Callable[..., object], *given: Tensor) -> Call:
-    """The call on other copies of what it is given each time, until the L2 cache has forgotten the first."""
-    size = sum(part.numel() * part.element_size() for part in given)
-    turns = itertools.cycle([tuple(part.clone() for part in given) for _ in range(max(2, -(-ROTATED // size)))])
-    return lambda: call(*next(turns))
 
 
 def cases(device: torch.device) -> Iterator[Case]:
@@ -216,36 +141,6 @@ def rope_cases(device: torch.device) -> Iterator[Case]:
         for form, scale, moved in (("", None, 2 * size), (" and fp8", w_scale, 2 * size + size // 2)):
             call = partial(rope_backward, table=table, Bs=Bs, w_scale=scale)
             yield f"rope backward{form} {title}", rotated(call, *parts), moved
-
-
-def attention_cases(device: torch.device) -> Iterator[Case]:
-    """Packed sequences by each way that takes them: what counts is the time, for their work is products."""
-    for title, lengths, prefixes in ATTENDED:
-        for keys in (32, 8):
-            layouts = layouts_of(device, lengths, prefixes)
-            buffer, dout = (torch.randn(sum(lengths), n, 128, device=device).bfloat16() for n in (32 + 2 * keys, 32))
-            given = buffer.split((32, keys, keys), dim=1)
-            for way, layout in layouts.items():
-                out, saved = attention_forward(*given, layout, 0.09)
-                moved, name = 2 * (buffer.numel() + out.numel()), f"{title}, 32 heads on {keys}, {way}"
-                yield f"attention {name}", partial(attention_forward, *given, layout, 0.09), moved
-                call = partial(attention_backward, dout, given, out, saved, layout, 0.09)
-                yield f"attention backward {name}", call, 2 * moved
-
-
-def layouts_of(device: torch.device, lengths: Sequence[int], prefixes: Prefixes) -> dict[str, Layout]:
-    """The layout of sequences that each way of attention would be given."""
-    starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    one = torch.zeros(sum(lengths))
-    batch = Batch(
-        *[one.long()] * 2, one, one.long(), one.long(), starts, one.long()[:0], len(lengths), max(lengths), 0.0,
-        prefixes=tuple(prefixes),
-    ).to(device)  # fmt: skip
-    layout = packed_layout(batch, padded=False)
-    ways = {"FlashAttention 2": layout._replace(even=False, blocks=None)}
-    if layout.blocks is not None:
-        ways["by blocks"] = layout._replace(even=False)
-    return ways | ({"cuDNN": layout} if layout.even else {})
 
 
 def head_cases(device: torch.device) -> Iterator[Case]:
@@ -376,7 +271,6 @@ SECTIONS: tuple[Callable[[torch.device], Iterator[Case]], ...] = (
     fp8_cases,
     add_norm_cases,
     rope_cases,
-    attention_cases,
     head_cases,
     gate_cases,
     outer_cases,

@@ -1,7 +1,8 @@
 """Causal attention over packed sequences, and over a cache; rotary embeddings.
 
-Three ways to the same numbers: `varlen_attn` (FlashAttention) for packed half-precision tensors on the GPU; elsewhere
-the sequences are laid into padded rows, where causality alone keeps the padding on the right out of every score.
+Under autograd there are two ways to the same numbers: `varlen_attn` (FlashAttention) for packed half-precision tensors on
+the GPU; elsewhere sequences are laid into padded rows, where causality alone keeps the padding on the right out of every
+score.
 
 A sequence with a prefix reads tokens of another one before its own (`Batch.prefixes`). Its keys and values are copied
 from there (`ops/keys.py`), and what all readers of a prompt want of it is added up. The kernel aligns the last query
@@ -12,8 +13,8 @@ their queries at the prefix, which nobody reads, stay 0.
 need 0.6 of FlashAttention 2's time there. cuDNN makes a plan for every shape, which takes 170 ms: only sequences of one
 length go to it, a multiple of 64, so that shapes are few. Its ragged form is left alone: PyTorch 2.11 makes the plan
 anew at every call (pytorch/pytorch#191576), and the backward pass reads beyond its memory (pytorch/pytorch#186142).
-`RAGGED_ON_HOPPER` says what takes all other batches there: FlashAttention 2, or kernels of our own
-(`kernels/attention.py`), which read the prompts that sequences share where they stand.
+All other batches go to kernels of our own there (`kernels/attention.py`), which need 0.67 of FlashAttention 2's time,
+read the prompts that sequences share where they stand, and add up in one order.
 """
 
 import functools
@@ -21,7 +22,7 @@ import inspect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,8 +39,6 @@ GROUP_RATIO = 0.6
 """Sequences at least so long, relative to the longest of their group, are padded to it rather than grouped apart."""
 PLANNED_LENGTHS = 64
 """cuDNN is asked for sequences whose length is a multiple of this."""
-RAGGED_ON_HOPPER: Literal["flash", "blocks"] = "blocks"
-"""What takes sequences of several lengths on Hopper where nothing asks for autograd."""
 
 
 class Group(NamedTuple):
@@ -309,7 +308,8 @@ def _kernel_shares_heads() -> bool:
 
 
 def _wants_blocks(device: torch.device) -> bool:
-    return RAGGED_ON_HOPPER == "blocks" and runs_kernels(device) and torch.cuda.get_device_capability(device)[0] == 9
+    """Whether our own kernels take what is ragged: they are written for Hopper."""
+    return runs_kernels(device) and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _reach(layout: Layout, window: int | None) -> int | None:

@@ -55,7 +55,6 @@ def test_shared_prompts_go_by_blocks(asked: list[tuple[str, int | None]]) -> Non
 
 def test_blocks_are_made_for_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert packed_layout(tiny_batch([5, 9]), padded=False).blocks is None
-    monkeypatch.setattr(ops, "RAGGED_ON_HOPPER", "blocks")
     monkeypatch.setattr(ops, "runs_kernels", lambda device: True)
     for capability, made in (((8, 9), False), ((9, 0), True), ((10, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
