@@ -1,8 +1,8 @@
 """Causal attention over packed sequences, and over a cache; rotary embeddings.
 
-Under autograd there are two ways to the same numbers: `varlen_attn` (FlashAttention) for packed half-precision tensors on
-the GPU; elsewhere sequences are laid into padded rows, where causality alone keeps the padding on the right out of every
-score.
+Under autograd there are two ways to the same numbers: `varlen_attn` (FlashAttention) for packed half-precision tensors
+on the GPU; elsewhere sequences are laid into padded rows, where causality alone keeps the padding on the right out of
+every score.
 
 A sequence with a prefix reads tokens of another one before its own (`Batch.prefixes`). Its keys and values are copied
 from there (`ops/keys.py`), and what all readers of a prompt want of it is added up. The kernel aligns the last query
