@@ -308,7 +308,8 @@ def _with(plan: Plan, places: Sequence[tuple[int, str]]) -> Plan:
 def _copied(config: DecoderConfig, work: Work) -> tuple[int, int]:
     """Bytes of copies of shared keys and values, and what their gradients take besides those of the tokens.
 
-    FlashAttention 2 makes gradients of keys and values for each query head, and adds them up afterwards.
+    FlashAttention 2 makes gradients of keys and values for each query head, and adds them up afterwards. Our own
+    kernels on Hopper need none of this: there it is room to spare.
     """
     keys, values = work.keys or work.tokens, 2 * config.num_kv_heads * config.head_dim * work.itemsize
     expanded = 2 * config.num_heads * config.head_dim * work.itemsize if config.num_kv_heads < config.num_heads else 0

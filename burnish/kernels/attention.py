@@ -4,7 +4,8 @@
 Dao et al.'s FlashAttention: scores never leave the chip. A program has a block of queries and walks over keys, or has a
 block of keys and walks over queries; `ops.blocks` lists the blocks, those with most work first. Scores are in base 2,
 and so is what is kept of each row: the logarithm of its sum. There are no atomic additions: each row of a gradient is
-summed by one program, in one order, so that the same batch always gives the same bits.
+summed by one program, in one order, so that the same batch always gives the same bits. Tiles reach into the next
+sequence, times 0: what is not finite there spreads.
 
 What a Hopper GPU wants (seen in what Triton 3.6 compiles; change the loops only with `ptxas -v` at hand, which says
 when products are `serialized`): tiles come through tensor maps, so that loops hold no addresses; the left side of a
@@ -32,7 +33,10 @@ class Launch(NamedTuple):
     stages: int
     warps: int
     ahead: bool = False
-    """Whether scores are made one block ahead: exponentials are then taken while a product is under way."""
+    """Whether scores are made one block ahead: exponentials are then taken while a product is under way.
+
+    There is no such kernel for the gradients of keys.
+    """
 
 
 # By channels, filled up to a power of two. At 128, of 21 launches on an H100 these were the fastest at every shape that
@@ -44,7 +48,7 @@ SECTION = 16 * 2**20
 """Programs go over heads in sections whose walked tensors take at most so many bytes: they are read from the cache."""
 
 Tables = tuple[Tensor, Tensor, Tensor, int, int, int]
-"""`ops.blocks.Blocks`: blocks of queries, of keys, visits, how many sums a head has, rows of a block and of a visit."""
+"""`ops.blocks.Tables`: blocks of queries, of keys, visits, how many sums a head has, rows of a block and of a visit."""
 
 
 def forward(
@@ -120,9 +124,9 @@ def _map(x: Tensor, rows: int, pad: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x.transpose(0, 1), [1, rows, pad])
 
 
-def _section(walked: Tensor, groups: int) -> int:
+def _section(tensor: Tensor, groups: int) -> int:
     """Key-value heads to a section; two tensors like this one are walked over."""
-    size = 2 * len(walked) * walked.shape[1] // groups * walked.shape[2] * walked.itemsize
+    size = 2 * len(tensor) * tensor.shape[1] // groups * tensor.shape[2] * tensor.itemsize
     return max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * size <= SECTION))
 
 

@@ -5,7 +5,9 @@ one more sequence, of zeros, whose gradient is 0, so that it adds 0 to every sum
 programs FlashAttention 2 ends before they read anything: `if (m_block * kBlockM >= binfo.actual_seqlen_q) return`, and
 the same for keys in its backward pass. Where prompts are shared, that sequence reads all keys that are added, the last
 token's each, and at least one for each of its tokens; where it has keys alone, the kernel that goes by keys ends too:
-`if (m_block < m_block_min)`. The gradients of these keys are 0 and go to no token.
+`if (m_block < m_block_min)`. The gradients of these keys are 0 and go to no token. Our own kernels on Hopper go by
+tables whose sizes depend on the numbers of tokens and sequences alone (`ops/blocks.py`): blocks that do not exist end
+at once, the added sequence reads only itself, and no key is copied or counted.
 
 What waits between a recording's halves is in memory that all recordings of a lane share: one after the other they need
 as much as the largest. A lane is taken from the forward half to the end of the backward half. Who comes in between
@@ -29,7 +31,9 @@ from burnish.model.families import DecoderConfig
 from burnish.model.fused_pass import FusedPass, Trunk
 from burnish.model.recorder import Flight, Gradients, Lane, Recorder
 from burnish.model.shelf import HostMemory, Plan, Shelf
+from burnish.ops.attention import Layout
 from burnish.ops.blocks import padded as padded_blocks
+from burnish.ops.blocks import takes_blocks
 from burnish.ops.keys import padded
 
 ROWS = 256
@@ -63,8 +67,10 @@ class Key(NamedTuple):
     sequences: int
     longest: int
     """A bound on the longest sequence."""
+    shared: bool
+    """Whether sequences read prompts of others."""
     keys: int
-    """How many are read, all sequences together, where prompts are shared; 0 where every sequence is whole."""
+    """How many are read and so copied then, all sequences together; 0 where prompts are read where they stand."""
     even: bool
     dtype: torch.dtype
     factors: Factors | None
@@ -166,7 +172,8 @@ class Graphs:
         layout = given.layout
         assert layout is not None
         tokens, sequences, longest = len(x), len(layout.starts) - 1, layout.longest
-        keys = 0 if layout.keys is None else len(layout.keys.position)
+        shared = layout.keys is not None
+        keys = 0 if layout.keys is None or self._reads_in_place(layout) else len(layout.keys.position)
         if not layout.even:  # kernels for even batches take no padding
             step = _step(tokens)
             if not host_bound(self._trunk.config, _up(tokens, step), longest, self._trunk.fp8):
@@ -177,12 +184,17 @@ class Graphs:
             if keys > 0:
                 step = _step(keys + more)
                 bound, more_keys = 2 * step, _up(keys + more, step) - keys
+                keys += more_keys
             while bound < longest:
                 bound *= 4
             sequences = max(SEQUENCES, _power_of_two(sequences + (max(more, more_keys) > 0)))
-            tokens, keys, longest = tokens + more, keys + more_keys, bound
+            tokens, longest = tokens + more, bound
         wants_x = plan is not None and x.requires_grad
-        return Key(tokens, sequences, longest, keys, layout.even, x.dtype, factors, wants_x, plan)
+        return Key(tokens, sequences, longest, shared, keys, layout.even, x.dtype, factors, wants_x, plan)
+
+    def _reads_in_place(self, layout: Layout) -> bool:
+        """Whether shared prompts are read where they stand: how many keys that makes is nothing to a recording then."""
+        return layout.blocks is not None and takes_blocks(self._trunk.config.head_dim)
 
     def _recording(self, key: Key, x: Tensor, given: Pass) -> "Recording | None":
         """That of the key, made when the key comes for the second time, if it can be."""
@@ -300,8 +312,13 @@ class Recording:
 
     def _fill(self, x: Tensor, given: Pass) -> None:
         _lay(self._stream, x)
-        for ours, theirs in zip(_tensors(self._given), _tensors(_padded(given, self.key)), strict=True):
+        new = _padded(given, self.key)
+        for ours, theirs in zip(_tensors(self._given), _tensors(new), strict=True):
             ours.copy_(theirs)
+        assert self._given.layout is not None
+        assert new.layout is not None
+        if self._given.layout.blocks is not None and new.layout.blocks is not None:
+            self._given.layout.blocks.refill(new.layout.blocks)
 
 
 class _Replayed(torch.autograd.Function):
@@ -333,17 +350,15 @@ def _padded(given: Pass, key: Key) -> Pass:
         for cos, sin in given.tables
     )
     starts = F.pad(layout.starts, (0, key.sequences + 1 - len(layout.starts)), value=key.tokens)
-    keys = layout.keys and padded(layout.keys, key.sequences, key.keys, key.tokens)
+    keys = layout.keys and padded(layout.keys, key.sequences, key.keys, key.tokens) if key.keys > 0 else None
     blocks = layout.blocks and padded_blocks(layout.blocks, starts, key.tokens)
     return Pass(tables, layout._replace(starts=starts, longest=key.longest, keys=keys, blocks=blocks))
 
 
 def _tensors(given: Pass) -> list[Tensor]:
-    """All that a pass is given besides x."""
+    """All that a pass is given besides x and the blocks of attention."""
     assert given.layout is not None
-    blocks = given.layout.blocks
-    read = () if blocks is None else (blocks.queries, blocks.keys, blocks.visits)
-    return [*itertools.chain(*given.tables), given.layout.starts, *(given.layout.keys or ()), *read]
+    return [*itertools.chain(*given.tables), given.layout.starts, *(given.layout.keys or ())]
 
 
 def _are(parameters: Sequence[nn.Parameter], factors: Factors | None) -> bool:

@@ -4,17 +4,18 @@ Under autograd there are two ways to the same numbers: `varlen_attn` (FlashAtten
 on the GPU; elsewhere sequences are laid into padded rows, where causality alone keeps the padding on the right out of
 every score.
 
-A sequence with a prefix reads tokens of another one before its own (`Batch.prefixes`). Its keys and values are copied
-from there (`ops/keys.py`), and what all readers of a prompt want of it is added up. The kernel aligns the last query
-with the last key, as FlashAttention's causal mask does since 2.1; padded rows are as long as the whole sequence, and
-their queries at the prefix, which nobody reads, stay 0.
+A sequence with a prefix reads tokens of another one before its own (`Batch.prefixes`). But for our own kernels, its
+keys and values are copied from there (`ops/keys.py`), and what all readers of a prompt want of it is added up. The
+kernel aligns the last query with the last key, as FlashAttention's causal mask does since 2.1; padded rows are as long
+as the whole sequence, and their queries at the prefix, which nobody reads, stay 0.
 
 `attention_forward` and `attention_backward` are the same without autograd, and use cuDNN's kernels on Hopper, which
 need 0.6 of FlashAttention 2's time there. cuDNN makes a plan for every shape, which takes 170 ms: only sequences of one
 length go to it, a multiple of 64, so that shapes are few. Its ragged form is left alone: PyTorch 2.11 makes the plan
 anew at every call (pytorch/pytorch#191576), and the backward pass reads beyond its memory (pytorch/pytorch#186142).
-All other batches go to kernels of our own there (`kernels/attention.py`), which need 0.67 of FlashAttention 2's time,
-read the prompts that sequences share where they stand, and add up in one order.
+All other batches go to kernels of our own there (`kernels/attention.py`), which need 0.67 of FlashAttention 2's time
+for heads of 128 channels, read the prompts that sequences share where they stand, and add up in one order; heads of
+less than 64 stay with FlashAttention 2.
 """
 
 import functools
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from burnish.ops import runs_kernels, wide_dtype
-from burnish.ops.blocks import Blocks, backward_by_blocks, blocks_of_batch, forward_by_blocks, takes_blocks
+from burnish.ops.blocks import Blocks, backward_by_blocks, blocks_of, forward_by_blocks, takes_blocks
 from burnish.ops.keys import Keys, add_up, copy_out, keys_of, places
 from burnish.ops.pointwise import soft_cap
 from burnish.types import Batch
@@ -86,7 +87,7 @@ def packed_layout(batch: Batch, padded: bool) -> Layout:
         return Layout(batch.starts, longest, _padded_rows(batch, keys), kernel_shares_heads=False, keys=keys)
     of_one_length = keys is None and batch.num_sequences * batch.longest == len(batch.tokens)
     even = of_one_length and batch.longest % PLANNED_LENGTHS == 0
-    blocks = blocks_of_batch(batch) if _wants_blocks(batch.starts.device) else None
+    blocks = blocks_of(batch) if _wants_blocks(batch.starts.device) else None
     return Layout(batch.starts, longest, None, _kernel_shares_heads(), keys, even, blocks)
 
 
@@ -145,7 +146,7 @@ def attention_forward(
     assert softcap is None
     if _suits_cudnn(q_THC, layout, window):
         return _cudnn_forward(q_THC, k_TGC, v_TGC, len(layout.starts) - 1, scale)
-    if layout.blocks is not None and takes_blocks(q_THC):
+    if layout.blocks is not None and takes_blocks(q_THC.shape[-1]):
         return forward_by_blocks(q_THC, k_TGC, v_TGC, layout.blocks, scale, _reach(layout, window))
     if layout.keys is not None:
         k_TGC, v_TGC = copy_out(k_TGC, v_TGC, layout.keys)
@@ -172,9 +173,9 @@ def attention_backward(
         return dq, dk, dv
     q, k, v = given
     (lse,) = saved
-    if lse.ndim > 2:  # [H, T] where FlashAttention made it
+    if lse.ndim > 2:  # by heads alone where FlashAttention or our own kernels made it
         return _cudnn_backward(dout_THC, given, out_THC, lse, len(layout.starts) - 1, scale)
-    if layout.blocks is not None and takes_blocks(q):
+    if layout.blocks is not None and takes_blocks(q.shape[-1]):
         return backward_by_blocks(dout_THC, given, out_THC, lse, layout.blocks, scale, _reach(layout, window))
     if layout.keys is None:
         return _flash_backward(dout_THC, given, out_THC, lse, layout, scale, window)

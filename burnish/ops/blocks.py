@@ -19,12 +19,8 @@ from burnish.types import Batch
 ROWS, VISIT = 128, 64
 
 
-@dataclass(slots=True, eq=False)
-class Blocks:
-    """Tables in int32. A prefix begins where some sequence does, and is a part of it.
-
-    Not a tuple: compiled code would look into it and be made anew for every batch.
-    """
+class Tables(NamedTuple):
+    """What a kernel goes by, in int32. A prefix begins where some sequence does, and is a part of it."""
 
     queries: Int[Tensor, "blocks 6"]
     """First row, end and start of its sequence, first row of its prefix, length of that; nothing: first and end 0.
@@ -37,15 +33,36 @@ class Blocks:
     """First row, end of its sequence, what to add to a row to count rows as its prefix does, the end of that."""
     num_sums: int
     """Places for the sums of rows that each head has."""
-    prefixes: Int[Tensor, "S 2"] | None
-    """First row and length of what each sequence reads before its own tokens; None: nothing at all."""
     rows: int
-    """The most rows of a block, and of a visit."""
+    """The most rows of a block."""
     visit_rows: int
+    """The most rows of a visit."""
 
-    def tables(self) -> tuple[Tensor, Tensor, Tensor, int, int, int]:
-        """What a kernel is given."""
-        return self.queries, self.keys, self.visits, self.num_sums, self.rows, self.visit_rows
+
+@dataclass(slots=True, eq=False)
+class Blocks:
+    """All blocks of a batch, listed when they are first asked for: many batches go another way.
+
+    Not a tuple: compiled code would look into it and be made anew for every batch.
+    """
+
+    starts: Int[Tensor, " S+1"]
+    num_tokens: int
+    prefixes: Int[Tensor, "S 2"] | None = None
+    """First row and length of what each sequence reads before its own tokens; None: nothing at all."""
+    _tables: Tables | None = None
+
+    def tables(self) -> Tables:
+        """The blocks of sequences that start here, and end with the last token."""
+        if self._tables is None:
+            self._tables = _listed(self.starts, self.num_tokens, self.prefixes)
+        return self._tables
+
+    def refill(self, other: "Blocks") -> None:
+        """List the blocks of another batch of as many tokens and sequences in the same memory, if they are listed."""
+        if self._tables is not None:
+            for ours, theirs in zip(self._tables[:3], other.tables()[:3], strict=True):
+                ours.copy_(theirs)
 
 
 class _Readers(NamedTuple):
@@ -61,40 +78,12 @@ class _Readers(NamedTuple):
     """How many tokens those have."""
 
 
-def blocks_of(starts: Int[Tensor, " S+1"], num_tokens: int, prefixes: Int[Tensor, "S 2"] | None = None) -> Blocks:
-    """All blocks of sequences that start here, and end with the last of `num_tokens`."""
-    number, first, exists = _divided(starts.diff(), ROWS, num_tokens)
-    start, end, summed = starts[number], starts[number + 1], _summed(starts)[number]
-    first = torch.where(exists, start + first, 0)
-    end = torch.where(exists, end, 0)
-    none = torch.zeros_like(first)
-    if prefixes is None:
-        behind, ahead = first - start, end - first
-        queries, keys = [first, end, start, none, none, summed], [first, end, none, none, summed]
-        visits = none.new_zeros(1, 5)
-    else:
-        readers = _readers(starts, num_tokens, prefixes)
-        place = number * (num_tokens + 1)
-        # Of those that read this sequence's beginning: the ones that read on to this block.
-        begin, stop = (torch.searchsorted(readers.key, x) for x in (place, place + num_tokens - first))
-        stop = torch.where(exists, stop, begin)
-        prefix_start, length = prefixes[number].unbind(1)
-        behind = first - start + length
-        ahead = end - first + readers.tokens[stop] - readers.tokens[begin]
-        queries = [first, end, start, prefix_start, length, summed]
-        keys = [first, end, readers.visits[begin], readers.visits[stop], summed]
-        visits = _visits(starts, num_tokens, prefixes, readers)
-    tables = (_sorted(queries, torch.where(exists, behind, -1)), _sorted(keys, torch.where(exists, ahead, -1)))
-    num_sums = ((num_tokens + 3) // 4 + len(starts) - 1) * 4
-    return Blocks(*tables, visits, num_sums, prefixes, ROWS, VISIT)
-
-
-def blocks_of_batch(batch: Batch) -> Blocks:
+def blocks_of(batch: Batch) -> Blocks:
     """Those of a batch; only its sizes are read on the host."""
     prefixes = None
     if any(length for _, length in batch.prefixes):
         prefixes = torch.tensor(batch.prefixes, dtype=batch.starts.dtype).to(batch.starts.device, non_blocking=True)
-    return blocks_of(batch.starts, len(batch.tokens), prefixes)
+    return Blocks(batch.starts, len(batch.tokens), prefixes)
 
 
 def padded(blocks: Blocks, starts: Int[Tensor, " S+1"], num_tokens: int) -> Blocks:
@@ -102,12 +91,12 @@ def padded(blocks: Blocks, starts: Int[Tensor, " S+1"], num_tokens: int) -> Bloc
     prefixes = blocks.prefixes
     if prefixes is not None:
         prefixes = F.pad(prefixes, (0, 0, 0, len(starts) - 1 - len(prefixes)))
-    return blocks_of(starts, num_tokens, prefixes)
+    return Blocks(starts, num_tokens, prefixes)
 
 
-def takes_blocks(q_THC: Float[Tensor, "T H C"]) -> bool:
-    """Whether the kernels take heads so wide."""
-    return 64 <= q_THC.shape[-1] <= 256
+def takes_blocks(width: int) -> bool:
+    """Whether the kernels take heads so wide: tensor maps want rows of whole 16 bytes."""
+    return 64 <= width <= 256 and width % 8 == 0
 
 
 def forward_by_blocks(
@@ -138,6 +127,34 @@ def backward_by_blocks(
     from burnish.kernels.attention import backward
 
     return backward(dout_THC, given, out_THC, sums, blocks.tables(), scale, window or 0, blocks.prefixes is not None)
+
+
+def _listed(starts: Tensor, num_tokens: int, prefixes: Tensor | None) -> Tables:
+    number, first, exists = _divided(starts.diff(), ROWS, num_tokens)
+    start, end, summed = starts[number], starts[number + 1], _summed(starts)[number]
+    first = torch.where(exists, start + first, 0)
+    end = torch.where(exists, end, 0)
+    none = torch.zeros_like(first)
+    if prefixes is None:
+        work_of_queries, work_of_keys = first - start, end - first
+        queries, keys = [first, end, start, none, none, summed], [first, end, none, none, summed]
+        visits = none.new_zeros(1, 5).int()
+    else:
+        readers = _readers(starts, num_tokens, prefixes)
+        place = number * (num_tokens + 1)
+        # Of those that read this sequence's beginning: the ones that read on to this block.
+        begin, stop = (torch.searchsorted(readers.key, x) for x in (place, place + num_tokens - first))
+        stop = torch.where(exists, stop, begin)
+        prefix_start, length = prefixes[number].unbind(1)
+        work_of_queries = first - start + length
+        work_of_keys = end - first + readers.tokens[stop] - readers.tokens[begin]
+        queries = [first, end, start, prefix_start, length, summed]
+        keys = [first, end, readers.visits[begin], readers.visits[stop], summed]
+        visits = _visits(starts, num_tokens, prefixes, readers)
+    queries = _sorted(queries, torch.where(exists, work_of_queries, -1))
+    keys = _sorted(keys, torch.where(exists, work_of_keys, -1))
+    num_sums = ((num_tokens + 3) // 4 + len(starts) - 1) * 4
+    return Tables(queries, keys, visits, num_sums, ROWS, VISIT)
 
 
 def _summed(starts: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from burnish.ops.attention import Layout, attention, attention_backward, attention_forward, packed_layout
-from burnish.ops.blocks import blocks_of, forward_by_blocks
+from burnish.ops.blocks import Blocks, forward_by_blocks
 from burnish.types import Batch
 from tests.tiny import Groups, tiny_batch, tiny_shared_batch
 
@@ -80,6 +80,7 @@ def check(batch: Batch, heads: Heads, window: int | None, dtype: torch.dtype) ->
         (Heads(4, 4, 128), None, torch.bfloat16),
         (Heads(4, 4, 128), 50, torch.bfloat16),
         (Heads(4, 1, 128), None, torch.float16),
+        (Heads(2, 1, 192), None, torch.bfloat16),
         (Heads(2, 1, 256), None, torch.bfloat16),
     ],
 )
@@ -111,9 +112,9 @@ def test_places_beyond_32_bits() -> None:
     buffer[:, -heads * 128 :] = torch.randn(total, heads * 128, device="cuda", dtype=torch.bfloat16)
     q, k, v = buffer.unflatten(1, (-1, 128))[:, -heads:].split(1, dim=1)
     starts = torch.arange(0, total + 1, 100, dtype=torch.int32, device="cuda")
-    out, _ = forward_by_blocks(q, k, v, blocks_of(starts, total), 0.1, None)
+    out, _ = forward_by_blocks(q, k, v, Blocks(starts, total), 0.1, None)
     last = slice(total - 100, total)
-    alone, _ = forward_by_blocks(q[last], k[last], v[last], blocks_of(starts[:2], 100), 0.1, None)
+    alone, _ = forward_by_blocks(q[last], k[last], v[last], Blocks(starts[:2], 100), 0.1, None)
     assert torch.equal(out[last], alone)
 
 
@@ -122,15 +123,14 @@ def test_a_recorded_pass_reads_new_blocks() -> None:
     layouts = [packed_layout(batch, padded=False) for batch in batches]
     given, dout = given_for(1024, Heads(4, 4, 128), torch.bfloat16)
     expected = both_passes(given, dout, layouts[1])
-    buffers, tables = layouts[0].blocks, layouts[1].blocks
+    buffers, new = layouts[0].blocks, layouts[1].blocks
     assert buffers is not None
-    assert tables is not None
+    assert new is not None
     both_passes(given, dout, layouts[0])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = both_passes(given, dout, layouts[0])
-    for buffer, table in zip(buffers.tables()[:3], tables.tables()[:3], strict=True):
-        buffer.copy_(table)
+    buffers.refill(new)
     graph.replay()
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 

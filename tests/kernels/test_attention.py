@@ -13,7 +13,7 @@ from burnish.kernels import attention as kernels  # after Triton is known to be 
 from burnish.kernels.attention import Launch
 from burnish.ops import blocks as tables
 from burnish.ops.attention import attention, packed_layout
-from burnish.ops.blocks import Blocks, backward_by_blocks, blocks_of, blocks_of_batch, forward_by_blocks, padded
+from burnish.ops.blocks import Blocks, backward_by_blocks, blocks_of, forward_by_blocks, padded
 from burnish.types import Batch
 from tests.kernels.casts import right_casts
 from tests.tiny import Groups, tiny_batch, tiny_shared_batch
@@ -107,7 +107,7 @@ def assert_within_twice(
 def test_ragged_sequences_err_at_most_twice_as_much_as_plain_attention(heads, window, dtype) -> None:
     batch = tiny_batch(LENGTHS)
     given, dout = given_for(sum(LENGTHS), heads, dtype)
-    found = by_kernels(given, dout, blocks_of_batch(batch), 0.3, window)
+    found = by_kernels(given, dout, blocks_of(batch), 0.3, window)
     assert_within_twice(found, given, dout, batch, window)
 
 
@@ -122,7 +122,7 @@ def test_ragged_sequences_err_at_most_twice_as_much_as_plain_attention(heads, wi
 def test_prompts_are_read_where_they_stand(heads, window, dtype) -> None:
     _, batch, _ = tiny_shared_batch(GROUPS)
     given, dout = given_for(len(batch.tokens), heads, dtype)
-    found = by_kernels(given, dout, blocks_of_batch(batch), 0.3, window)
+    found = by_kernels(given, dout, blocks_of(batch), 0.3, window)
     assert_within_twice(found, given, dout, batch, window)
 
 
@@ -131,14 +131,14 @@ def test_prompts_are_read_where_they_stand(heads, window, dtype) -> None:
 def test_scores_made_ahead_are_the_same(shared: bool, window) -> None:
     batch = tiny_shared_batch(GROUPS)[1] if shared else tiny_batch(LENGTHS)
     given, dout = given_for(len(batch.tokens), Heads(1, 1, 16), torch.float16)
-    found = by_kernels(given, dout, blocks_of_batch(batch), 0.3, window)
+    found = by_kernels(given, dout, blocks_of(batch), 0.3, window)
     assert_within_twice(found, given, dout, batch, window)
 
 
 def test_a_long_sequence_of_odd_length_alone() -> None:
     batch = tiny_batch([129])
     given, dout = given_for(129, Heads(1, 1, 64), torch.float16)
-    assert_within_twice(by_kernels(given, dout, blocks_of_batch(batch), 0.3, None), given, dout, batch, None)
+    assert_within_twice(by_kernels(given, dout, blocks_of(batch), 0.3, None), given, dout, batch, None)
 
 
 def test_sequences_of_no_tokens_change_nothing() -> None:
@@ -146,8 +146,8 @@ def test_sequences_of_no_tokens_change_nothing() -> None:
     batch = tiny_batch(lengths)
     given, dout = given_for(38, Heads(2, 1, 16), torch.float16)
     starts = torch.tensor([0, 0, 33, 33, 33, 38, 38, 38], dtype=torch.int32)
-    expected = by_kernels(given, dout, blocks_of_batch(batch), 0.3, None)
-    for ours, theirs in zip(by_kernels(given, dout, blocks_of(starts, 38), 0.3, None), expected, strict=True):
+    expected = by_kernels(given, dout, blocks_of(batch), 0.3, None)
+    for ours, theirs in zip(by_kernels(given, dout, Blocks(starts, 38), 0.3, None), expected, strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -155,7 +155,7 @@ def test_a_padded_batch_has_the_bits_of_the_batch_every_time() -> None:
     _, batch, _ = tiny_shared_batch(GROUPS)
     total, more = len(batch.tokens), 21
     given, dout = given_for(total, Heads(1, 1, 16), torch.float16)
-    blocks = blocks_of_batch(batch)
+    blocks = blocks_of(batch)
     expected = by_kernels(given, dout, blocks, 0.3, 20)
     starts = torch.cat((batch.starts, torch.tensor([total + more] * 3, dtype=torch.int32)))
     larger, dout_larger = given_for(total + more, Heads(1, 1, 16), torch.float16)
@@ -174,7 +174,7 @@ def test_heads_are_gone_over_in_sections(monkeypatch: pytest.MonkeyPatch) -> Non
     results: list[list[Tensor]] = []
     for section in (1, 2 * 2 * 32 * 16 * 2, 2**24):  # one key-value head, two, all
         monkeypatch.setattr(kernels, "SECTION", section)
-        results.append(by_kernels(given, dout, blocks_of_batch(batch), 0.3, None))
+        results.append(by_kernels(given, dout, blocks_of(batch), 0.3, None))
     for found in results[1:]:
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, results[0], strict=True))
 
@@ -185,15 +185,15 @@ def rows_of(first: int, end: int) -> range:
 
 def read_by(blocks: Blocks) -> Iterator[tuple[int, list[int]]]:
     """What each row reads, from the blocks of queries."""
-    for first, end, start, prefix_start, prefix, _ in blocks.queries.tolist():
+    for first, end, start, prefix_start, prefix, _ in blocks.tables().queries.tolist():
         for row in rows_of(first, end):
             yield row, [*range(prefix_start, prefix_start + prefix), *range(start, row + 1)]
 
 
 def readers_of(blocks: Blocks) -> Iterator[tuple[int, list[int]]]:
     """What rows read each row, from the blocks of keys."""
-    visits = blocks.visits.tolist()
-    for first, end, first_visit, last_visit, _ in blocks.keys.tolist():
+    visits = blocks.tables().visits.tolist()
+    for first, end, first_visit, last_visit, _ in blocks.tables().keys.tolist():
         for row in rows_of(first, end):
             readers = list(range(row, end))
             for at, until, _, limit, _ in visits[first_visit:last_visit]:
@@ -204,7 +204,7 @@ def readers_of(blocks: Blocks) -> Iterator[tuple[int, list[int]]]:
 def test_blocks_of_queries_and_of_keys_tell_the_same_story() -> None:
     _, batch, source = tiny_shared_batch(GROUPS)
     whole, total = tiny_shared_batch(GROUPS)[0], len(batch.tokens)
-    blocks = blocks_of_batch(batch)
+    blocks = blocks_of(batch)
     reads = dict(read_by(blocks))
     assert sorted(reads) == list(range(total))
     for place, row in enumerate(source.tolist()):  # a sequence of the whole batch, by rows of the shared one
@@ -215,18 +215,18 @@ def test_blocks_of_queries_and_of_keys_tell_the_same_story() -> None:
 
 
 def test_blocks_with_most_work_come_first() -> None:
-    blocks = blocks_of_batch(tiny_batch([40, 100, 3]))
-    lengths = [first + 32 - start for first, end, start, _, _, _ in blocks.queries.tolist() if end]
+    blocks = blocks_of(tiny_batch([40, 100, 3]))
+    lengths = [first + 32 - start for first, end, start, _, _, _ in blocks.tables().queries.tolist() if end]
     assert lengths == sorted(lengths, reverse=True)
-    lengths = [end - first for first, end, _, _, _ in blocks.keys.tolist()]
+    lengths = [end - first for first, end, _, _, _ in blocks.tables().keys.tolist()]
     assert lengths == sorted(lengths, reverse=True)
     _, shared, _ = tiny_shared_batch([(5, (5,)), (3, (2, 30, 30))])
-    assert blocks_of_batch(shared).keys[0].tolist()[:2] == [10, 15]  # 5 rows of its own, and 60 that visit
+    assert blocks_of(shared).tables().keys[0].tolist()[:2] == [10, 15]  # 5 rows of its own, and 60 that visit
 
 
 def test_sizes_of_tables_depend_on_sizes_alone() -> None:
     shapes = {
-        tuple(table.shape for table in blocks_of(torch.tensor(starts, dtype=torch.int32), 100).tables()[:3])
+        tuple(table.shape for table in Blocks(torch.tensor(starts, dtype=torch.int32), 100).tables()[:3])
         for starts in ([0, 100, 100, 100], [0, 1, 2, 100], [0, 33, 66, 100])
     }
     assert len(shapes) == 1
@@ -234,5 +234,5 @@ def test_sizes_of_tables_depend_on_sizes_alone() -> None:
 
 def test_no_tokens_give_nothing() -> None:
     given, dout = given_for(0, Heads(2, 1, 16), torch.float16)
-    blocks = blocks_of(torch.tensor([0, 0], dtype=torch.int32), 0)
+    blocks = Blocks(torch.tensor([0, 0], dtype=torch.int32), 0)
     assert [len(x) for x in by_kernels(given, dout, blocks, 0.3, None)] == [0] * 4

@@ -209,6 +209,17 @@ def test_what_a_batch_with_shared_prompts_is_padded_to(
     assert (key.tokens, key.sequences, key.longest, key.keys, key.even) == (*padded, False)
 
 
+def test_keys_that_nobody_copies_make_no_recordings_of_their_own(
+    model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts that are read where they stand: what counts are tokens and sequences."""
+    monkeypatch.setattr(attention, "_wants_blocks", lambda device: True)
+    monkeypatch.setattr(graphed, "takes_blocks", lambda width: True)
+    keys = {key_of(model, tiny_shared_batch(groups)[1]) for groups in (GROUPS, ((9, (3, 4)), (3, (2, 6, 3))))}
+    assert [(key.tokens, key.sequences, key.shared, key.keys) for key in keys] == [(32, 8, True, 0)]
+    assert not key_of(model, tiny_batch((5, 9))).shared
+
+
 def test_where_padding_would_take_the_device_longer_than_the_host_it_is_less(
     model: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from burnish.model.blocks import Pass
-from burnish.model.graphed import Key, _padded, _tensors
+from burnish.model.graphed import Key, _padded
 from burnish.ops import attention as ops
 from burnish.ops.attention import Layout, attention_backward, attention_forward, packed_layout
-from burnish.ops.blocks import Blocks, blocks_of
+from burnish.ops.blocks import Blocks
 from tests.tiny import tiny_batch, tiny_shared_batch
 
 
@@ -20,10 +20,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | None]]:
     def forward(q, k, v, blocks, scale, window) -> tuple[Tensor, tuple[Tensor, ...]]:
         assert isinstance(blocks, Blocks)
         calls.append(("forward", window))
-        return torch.ones_like(q), (q.new_zeros(q.shape[1], blocks.num_sums),)
+        return torch.ones_like(q), (q.new_zeros(q.shape[1], blocks.tables().num_sums),)
 
     def backward(dout, given, out, sums, blocks, scale, window) -> tuple[Tensor, ...]:
-        assert sums.shape == (given[0].shape[1], blocks.num_sums)
+        assert sums.shape == (given[0].shape[1], blocks.tables().num_sums)
         calls.append(("backward", window))
         return given
 
@@ -74,19 +74,30 @@ def test_recorded_passes_take_blocks_of_the_padded_batch(asked: list[object], sh
     total = len(batch.tokens)
     layout = packed_layout(batch, padded=False)
     table = torch.zeros(total, 2), torch.zeros(total, 2)
-    keys = 64 if shared else 0
-    key = Key(48, 8, 64, keys, False, torch.float32, None, False, None)
+    key = Key(48, 8, 64, shared, 0, False, torch.float32, None, False, None)
     given = _padded(Pass((table,), layout, None), key)
     assert given.layout is not None
+    assert given.layout.keys is None
     found = given.layout.blocks
     assert found is not None
     prefixes = None
     if shared:
         prefixes = torch.zeros(8, 2, dtype=torch.int32)
         prefixes[: len(batch.prefixes)] = torch.tensor(batch.prefixes)
-    wanted = blocks_of(given.layout.starts, 48, prefixes)
-    read = {id(x) for x in _tensors(given)}
-    for ours, theirs in zip(found.tables()[:3], wanted.tables()[:3], strict=True):
+    wanted = Blocks(given.layout.starts, 48, prefixes)
+    for ours, theirs in zip(found.tables(), wanted.tables(), strict=True):
+        assert torch.equal(ours, theirs) if isinstance(ours, Tensor) else ours == theirs
+
+
+def test_other_batches_are_listed_in_the_same_memory() -> None:
+    starts = [torch.tensor(ends, dtype=torch.int32) for ends in ([0, 200, 500], [0, 450, 500])]
+    blocks, other = (Blocks(each, 500) for each in starts)
+    blocks.refill(other)  # nothing is listed yet, and nothing has been read
+    before = blocks.tables()
+    places = [table.data_ptr() for table in before[:3]]
+    assert not torch.equal(before.queries, other.tables().queries)
+    blocks.refill(other)
+    for ours, theirs, place in zip(blocks.tables()[:3], other.tables()[:3], places, strict=True):
         assert torch.equal(ours, theirs)
-        assert id(ours) in read
-    assert found.num_sums == wanted.num_sums
+        assert ours.data_ptr() == place
+        assert ours.dtype == torch.int32
