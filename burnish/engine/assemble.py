@@ -1,6 +1,5 @@
 """From settings to the parts of a run: the model with its adapter laid over the devices, and the learner."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
 from burnish.engine.learner import Learner
 from burnish.engine.mesh import Mesh, shard
-from burnish.engine.planner import Planner
+from burnish.engine.planner import Planner, amount_of
 from burnish.engine.relief import Relief
 from burnish.engine.roles import Role
 from burnish.engine.start import Start
@@ -123,11 +122,10 @@ def _check_weights(decoder: Decoder, memory: str) -> None:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     needed = sum(parameter.nbytes for parameter in decoder.parameters()) / ranks
     if amount is not None and needed > amount:
-        size = f"{math.ceil(needed / 1e5) / 10:.1f}MB" if needed < 1e9 else f"{math.ceil(needed / 1e8) / 10:.1f}GB"
         each = f" of each of {ranks} ranks" if ranks > 1 else ""
         raise ValueError(
-            f"run.memory={memory} is too little: the weights{each} alone take {size}; write a larger amount, or "
-            "run.memory=auto"
+            f"run.memory={memory} is too little: the weights{each} alone take {amount_of(needed)}; write a larger "
+            "amount, or run.memory=auto"
         )
 
 
