@@ -368,6 +368,23 @@ def test_states_that_an_amount_does_not_hold_beside_the_weights_are_on_the_host_
         assert_same(results(run, [0] * 2), wanted)
 
 
+@pytest.mark.usefixtures("paging")
+def test_of_several_optimizers_no_more_states_leave_than_must(tmp_path: Path) -> None:
+    decoder, _, learner = opened(tmp_path)
+    planned, groups = decoder.planner, [{"params": list(learner.parameters.values())}]
+    assert isinstance(planned, Planner)
+    several = [adamw.AdamW(groups, 0.1, (0.9, 0.99), 1e-8, True, 0) for _ in range(2)]
+    planned.optimizers, whole = several, several[0].to_come()
+    beyond = whole // 4
+    amount = planned.held().now + 2 * whole - beyond
+    planned.run = planned.run.model_copy(update={"memory": f"{amount / 1e6:.6f}MB"})
+    movable = sum(optimizer.movable() for optimizer in several)
+    planned.begin()
+    gone = movable - sum(optimizer.movable() for optimizer in several)
+    assert beyond <= gone < beyond + 2**15
+    assert several[1].to_lend() == 0
+
+
 def test_states_are_not_paged_where_the_host_is_the_device(tmp_path: Path) -> None:
     run = opened(tmp_path, memory="least")
     told: list[Shortage] = []
