@@ -120,7 +120,8 @@ def settings_of(row: Row, asked: Mapping[str, str], folder: Path, more: list[str
         "run.microbatch_tokens": together,
         "run.step_tokens": together,
     }
-    return parse(TrainingSettings, [*(f"{key}={value}" for key, value in own.items()), *more, *asked["also"].split()])
+    words = [*(f"{key}={value}" for key, value in own.items()), *more, *asked["also"].split()]
+    return parse(TrainingSettings, list({word.partition("=")[0]: word for word in words}.values()))  # the last counts
 
 
 def stepped(row: Row, asked: Mapping[str, str], mesh: Mesh) -> dict[str, Any]:

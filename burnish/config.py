@@ -43,7 +43,8 @@ def parse(schema: type[S], words: Sequence[str]) -> S:
     """The settings that a command line asks for: YAML files first, in order, then key=value words over them.
 
     Raises ConfigError, whose message is one line, for a file that cannot be read, a word that is neither, an unknown
-    key (with the nearest known one), a value of the wrong kind, or settings that contradict each other.
+    key (with the nearest known one), a key that two words give, a value of the wrong kind, or settings that contradict
+    each other.
     """
     tree: dict[str, Any] = {}
     kinds = {key: kind for key, kind, *_ in fields(schema)}
@@ -54,9 +55,13 @@ def parse(schema: type[S], words: Sequence[str]) -> S:
         elif word not in pairs:
             hint = _without_dashes(words[place:], list(kinds)) or "--help lists the keys"
             raise ConfigError(f"'{word}' is neither key=value nor a .yaml file; {hint}")
+    given: dict[str, str] = {}
     for word in pairs:
         key, _, text = word.partition("=")
-        _put(tree, key.strip(), _value(kinds.get(key.strip(), ""), key.strip(), text))
+        if (key := key.strip()) in given:
+            raise ConfigError(f"'{key}' is given twice, as {key}={given[key]} and as {key}={text}: leave one out")
+        given[key] = text
+        _put(tree, key, _value(kinds.get(key, ""), key, text))
     return build(schema, tree)
 
 

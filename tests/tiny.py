@@ -76,6 +76,12 @@ def tiny_data(path: Path, count: int = 60) -> Path:
     return path
 
 
+def instead(words: Sequence[str], *others: str) -> list[str]:
+    """The words of a command line, with others in place of those that give the same settings."""
+    given = {word.partition("=")[0] for word in others}
+    return [*(word for word in words if word.partition("=")[0] not in given), *others]
+
+
 def forkserver() -> ForkServerContext:
     """A server of processes that has loaded torch once: a clean process for a run takes milliseconds."""
     context = multiprocessing.get_context("forkserver")

@@ -1,6 +1,6 @@
 """From settings to the parts of a run: the model with its adapter laid over the devices, and the learner."""
 
-import math
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from tqdm import tqdm
 
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer
 from burnish.engine.learner import Learner
 from burnish.engine.mesh import Mesh, shard
-from burnish.engine.planner import Planner
+from burnish.engine.planner import Planner, amount_of, has_host
 from burnish.engine.relief import Relief
 from burnish.engine.roles import Role
 from burnish.engine.start import Start
@@ -110,10 +111,18 @@ def lay_out(decoder: Decoder, run: RunSettings, mesh: Mesh, states: float = 8.0)
     elif run.fp8:
         reason = f"{mesh.world} ranks" if mesh.world > 1 else f"the blocks of a {decoder.config.architecture}"
         raise ValueError(f"run.dtype=fp8: 8-bit matmuls are not there for {reason}: leave it out")
-    if decoder.planner is None:
+    if not decoder.takes(POLICY):  # no pass that trains asks the planner, if there is one
         _check_weights(decoder, run.memory)
+        if memory_bytes(run.memory) is not None and has_host(mesh.device) and mesh.is_main:
+            tqdm.write(f"run.memory={run.memory} {_UNPLANNED}", file=sys.stderr)
     shard(decoder, decoder.model.layers, mesh)
     torch.manual_seed(run.seed + mesh.rank)  # what is drawn from here on, dropout, differs from rank to rank
+
+
+_UNPLANNED = (
+    "is compared with the weights alone: for this model, adapter, run.dtype or number of ranks there is no plan, and "
+    "each block keeps its input and is computed again, as with run.memory=least"
+)
 
 
 def _check_weights(decoder: Decoder, memory: str) -> None:
@@ -123,11 +132,10 @@ def _check_weights(decoder: Decoder, memory: str) -> None:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     needed = sum(parameter.nbytes for parameter in decoder.parameters()) / ranks
     if amount is not None and needed > amount:
-        size = f"{math.ceil(needed / 1e5) / 10:.1f}MB" if needed < 1e9 else f"{math.ceil(needed / 1e8) / 10:.1f}GB"
         each = f" of each of {ranks} ranks" if ranks > 1 else ""
         raise ValueError(
-            f"run.memory={memory} is too little: the weights{each} alone take {size}; write a larger amount, or "
-            "run.memory=auto"
+            f"run.memory={memory} is too little: the weights{each} alone take {amount_of(needed)}; write a larger "
+            "amount, or run.memory=auto"
         )
 
 

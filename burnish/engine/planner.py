@@ -52,6 +52,8 @@ class Held(NamedTuple):
     """Gradients among those to come that need not be there together: they can be taken as they appear."""
     twice: bool = False
     """Whether a step whose gradients are taken so is computed twice: first for the norm of all."""
+    lent: int = 0
+    """Bytes that states will take on the host whatever is planned, and have not taken yet."""
 
 
 class Arranged(NamedTuple):
@@ -88,18 +90,29 @@ class Planner:
         """What of each block waits for the backward pass, by run.memory and what is on the device by now."""
         self.keys = keys
         found = plan_for(self.sizes(), self._num_blocks, self.run.memory, self.held(), self.device)
-        left = found.away
-        for optimizer in self._paged():
-            left -= optimizer.evict(left) if left > 0 else 0
+        self._send(found.away)
         if self.decoder.fused is not None:
             self.decoder.fused.taking.wanted = found.taken
         return found.plan
 
     def begin(self) -> None:
-        """At the least memory states are on the host from the start: those too that a resume reads before it plans."""
-        if self.run.memory == "least":
-            for optimizer in self._paged():
-                optimizer.evict(min(optimizer.movable(), host_bytes(self.device)))
+        """States that no plan has room for are on the host from the start: a resume reads them before it plans.
+
+        At the least memory those are all; with an amount, those that it does not hold beside the weights.
+        """
+        held, amount = self.held(), memory_bytes(self.run.memory)
+        states = sum(optimizer.to_come() for optimizer in self._paged())
+        beyond = 0 if amount is None else held.now + states - amount
+        wanted = held.movable if self.run.memory == "least" else min(held.movable, beyond)
+        self._send(min(wanted, host_bytes(self.device) - held.lent))
+
+    def _send(self, size: int) -> None:
+        """Let so many bytes of states be on the host, of all optimizers together."""
+        for optimizer in self._paged():
+            if size > 0:
+                before = optimizer.movable()
+                optimizer.evict(size)
+                size -= before - optimizer.movable()
 
     def smaller(self) -> Plan | None:
         """A plan for the room that there really is, and less than the decoder's takes; None where there is none."""
@@ -141,10 +154,10 @@ class Planner:
         here = sum(parameter.nbytes for parameter in self.decoder.parameters())
         now = in_use(self.device) if self.device.type == "cuda" else here
         states, movable = self._states(trained)
-        passing = min(gradients, self._passing())
+        passing, lent = min(gradients, self._passing()), sum(optimizer.to_lend() for optimizer in self._paged())
         if self.decoder.fused is not None and self.decoder.fused.taking.wanted:
-            return Held(now, gradients - passing + states, movable)
-        return Held(now, gradients + states, movable, passing, self.clips)
+            return Held(now, gradients - passing + states, movable, lent=lent)
+        return Held(now, gradients + states, movable, passing, self.clips, lent)
 
     def _states(self, trained: list[nn.Parameter]) -> tuple[int, int]:
         """Bytes of states that are still to come to the device, and of all there that may leave it."""
@@ -185,7 +198,7 @@ def plan_for(sizes: Sizes, num_blocks: int, memory: str, held: Held, device: tor
     """
     if memory == "auto" and device.type != "cuda":
         return Arranged(keep_everything(num_blocks), 0)
-    host_room, room, found = host_bytes(device), 0, None
+    host_room, room, found = max(0, host_bytes(device) - held.lent), 0, None
     for margin, fill in ((MARGIN, memory != "least"), (0.0, False)):  # the least is tried where it may just fit
         if found is None:
             room = room_for(memory, held, device, margin)
@@ -250,6 +263,12 @@ def has_host(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def amount_of(size: float) -> str:
+    """Bytes as `run.memory` takes them, rounded up to a tenth."""
+    unit, name = (1e9, "GB") if size > 999.9e6 else (1e6, "MB")
+    return f"{math.ceil(size / unit * 10) / 10:.1f}{name}"
+
+
 def _movable(decoder: Decoder) -> int:
     """Bytes of the embedding, where it may lie on the host."""
     table = decoder.model.embed_tokens.weight
@@ -275,19 +294,16 @@ def _too_little(sizes: Sizes, num_blocks: int, memory: str, held: Held, free: in
     to_come = held.to_come - away - held.passing  # less than nothing, where states are there already and leave
     needed = held.now + to_come + least
     table = (
-        f"weights and adapters {_gb(held.now + min(0, to_come))}, gradients and optimizer {_gb(max(0, to_come))}"
-        f"{_ON_HOST if away else ''}{_AS_THEY_APPEAR if held.passing else ''}, activations at least "
-        f"{_gb(least - max(block, sizes.head))}, workspace {_gb(block)} in a block or {_gb(sizes.head)} in the head: "
-        f"{_gb(needed)} in all"
+        f"weights and adapters {amount_of(held.now + min(0, to_come))}, "
+        f"gradients and optimizer {amount_of(max(0, to_come))}"
+        f"{_ON_HOST if away or held.lent else ''}{_AS_THEY_APPEAR if held.passing else ''}, "
+        f"activations at least {amount_of(least - max(block, sizes.head))}, workspace {amount_of(block)} in a block or "
+        f"{amount_of(sizes.head)} in the head: {amount_of(needed)} in all"
     )
     if to_come + least <= free:
-        return f"run.memory={memory} is too little: {table}; write run.memory={_gb(needed)} or {_LESS}"
-    return f"run.memory={memory}: {_gb(held.now + free)} of this device can be used, too little: {table}; write {_LESS}"
-
-
-def _gb(size: int) -> str:
-    """Bytes as `run.memory` writes them, rounded up."""
-    return f"{math.ceil(size / 1e8) / 10:.1f}GB"
+        return f"run.memory={memory} is too little: {table}; write run.memory={amount_of(needed)} or {_LESS}"
+    usable = amount_of(held.now + free)
+    return f"run.memory={memory}: {usable} of this device can be used, too little: {table}; write {_LESS}"
 
 
 _ON_HOST = " with its states on the host"

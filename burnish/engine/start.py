@@ -1,17 +1,18 @@
 """Where a recipe starts: the base's folder, and what an earlier recipe left on it. Imports no torch."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from burnish.config import build, missing
 from burnish.data.tokenizer import read_json
+from burnish.engine.trained import tell_storage
+from burnish.model.adapter_config import read_about
 from burnish.model.families import find_model
 from burnish.settings import TRAINED_STORAGES, TrainingSettings
 
 C = TypeVar("C", bound=TrainingSettings)
-
-ABOUT_FILE = "burnish.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def _from_model(config: C, model: Path) -> tuple[C, Start]:
 
 def _from_adapter(config: C, adapter: Path) -> tuple[C, Start]:
     stored = read_json(adapter / "adapter_config.json")
-    about: dict[str, Any] = read_json(adapter / ABOUT_FILE) if (adapter / ABOUT_FILE).exists() else {}
+    about = read_about(adapter)
     if about.get("kind", "policy") != "policy":
         raise ValueError(
             f"from={config.from_} is a {about['kind']} model, which writes no text: name the run before it"
@@ -89,7 +90,10 @@ def _from_adapter(config: C, adapter: Path) -> tuple[C, Start]:
         if not model["path"]:
             raise ValueError(f"the adapter of from={config.from_} does not name its base: write model.path=DIR_OR_ID")
     settled = _settled(config, model, own)
-    return settled, Start(find_model(settled.model.path, settled.model.revision), adapter)
+    base = find_model(settled.model.path, settled.model.revision)
+    if os.environ.get("RANK", "0") == "0":
+        tell_storage(adapter, base, settled.model.storage)
+    return settled, Start(base, adapter)
 
 
 def _adapter_settings(stored: dict[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,17 @@
 """Opening a model that has been trained: its base, its adapter, and the tokenizer and template that belong to it."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 from burnish.config import missing
 from burnish.data.templates import ChatTemplate
 from burnish.data.tokenizer import Tokenizer, read_json
 from burnish.engine.preflight import check_device
+from burnish.model.adapter_config import read_about
 from burnish.model.families import find_model, read_config
 from burnish.settings import TrainedModelSettings
 
@@ -69,7 +73,6 @@ def check_trained(settings: TrainedModelSettings) -> None:
 
 def check_base(adapter: Path, base: Path) -> None:
     """Raises ValueError when an adapter says that it was trained on another base than the one in this folder."""
-    from burnish.model.adapter_config import read_about
     from burnish.model.checkpoint import base_fingerprint
 
     if read_about(adapter).get("base_fingerprint") not in (None, base_fingerprint(base)):
@@ -79,22 +82,41 @@ def check_base(adapter: Path, base: Path) -> None:
         )
 
 
+def tell_storage(adapter: Path, base: Path, storage: str, setting: str = "model.storage") -> None:
+    """Say in a line that an adapter was trained on NF4 weights and is used on others, or the other way round.
+
+    `setting` decides over `storage`. PEFT's own folders do not say what they were trained on, so nothing is said of
+    them; nor of a base whose files are NF4 themselves, since all storages keep its values.
+    """
+    trained = read_about(adapter).get("storage")
+    alike = (trained == "nf4") == (storage == "nf4")
+    if trained is None or alike or "quantization_config" in read_json(base / "config.json"):
+        return
+    if trained == "nf4":
+        line = f"was trained on NF4 weights and is used on others, which it has not seen: {setting}=nf4 gives it those"
+    else:
+        line = (
+            f"was not trained on NF4 weights, on which it is used: another {setting} than nf4 gives it what it has seen"
+        )
+    tqdm.write(f"the adapter in {adapter} {line}", file=sys.stderr)
+
+
 def open_trained(settings: TrainedModelSettings) -> Trained:
     """The model, its tokenizer and its template, on the device, in evaluation mode; `check_trained` comes before."""
     import torch
 
     from burnish.engine.assemble import activation_dtype
     from burnish.engine.mesh import device_kind
-    from burnish.model.adapter_config import read_about
     from burnish.model.adapter_files import load_adapter
     from burnish.model.checkpoint import load_model
 
     base = find_base(settings)
     folder = find_adapter(settings.adapter) if settings.adapter is not None else None
     about = read_about(folder) if folder else {}
+    storage = about.get("storage", "bf16") if settings.storage == "auto" else settings.storage
     if folder:
         check_base(folder, base)
-    storage = about.get("storage", "bf16") if settings.storage == "auto" else settings.storage
+        tell_storage(folder, base, storage)
     device = torch.device(device_kind(settings.device))
     dtype, double_quant = activation_dtype(settings.dtype, device), about.get("double_quant", True)
     decoder = load_model(base, storage, device, dtype, double_quant).eval()

@@ -154,6 +154,10 @@ class AdamW(torch.optim.Optimizer):
         """Bytes that pages will take on the device besides those that they hold: the first step makes them."""
         return self._pages.to_come()
 
+    def to_lend(self) -> int:
+        """Bytes that pages will take on the host besides those that they hold there."""
+        return self._pages.to_lend()
+
     def movable(self) -> int:
         """Bytes of pages on the device, there or to come, that could as well be on the host."""
         return self._pages.movable()

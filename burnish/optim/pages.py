@@ -133,6 +133,10 @@ class Pages:
         """Bytes that they will take on the device besides: those of pages that have no memory yet."""
         return max(0, self._taken(self.resident) - self.held())
 
+    def to_lend(self) -> int:
+        """Bytes that they will take on the host besides: those of pages that have no memory yet."""
+        return self._before[-1] - self._before[self.resident] - self.away()
+
     def movable(self) -> int:
         """Bytes that they take on the device, or will take there, and need not."""
         return self._taken(self.resident) - min(map(self._taken, range(self.resident + 1)))

@@ -14,13 +14,13 @@ from burnish.engine.assemble import (
     lay_out,
     open_model,
     reference_role,
-    trained_parameters,
 )
 from burnish.engine.learner import Learner
 from burnish.engine.mesh import Mesh
 from burnish.engine.rewards import REWARD, normaliser
 from burnish.engine.roles import Role
 from burnish.engine.start import Start
+from burnish.engine.trained import tell_storage
 from burnish.model.adapter_files import load_adapter, save_adapter
 from burnish.model.adapters import AdapterSpec, adapter_names, adapter_parameters, add_adapter, copy_adapter
 from burnish.model.checkpoint import base_fingerprint, init_model, load_model
@@ -36,13 +36,12 @@ VALUE = "value"
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """The roles, and what of them is trained."""
+    """The roles, and what the value model learns with."""
 
     policy: Role
     reference: Role
     reward: RewardSource
     value: Role | None
-    policy_parameters: dict[str, nn.Parameter]
     value_parameters: dict[str, nn.Parameter]
     models: nn.Module
     """Every model that is in memory."""
@@ -57,6 +56,9 @@ def open_cast(task: Task[C], mesh: Mesh, with_value: bool = False) -> Cast:
     config, start = task.config, task.start
     reward_adapter = shared_reward(config.reward, start.base)
     furnish, full = _furnishing(task, reward_adapter, with_value), config.adapter.kind == "none"
+    if reward_adapter is not None and mesh.is_main:
+        place = (config.kl.storage, "kl.storage") if full else (config.model.storage, "model.storage")
+        tell_storage(reward_adapter, start.base, *place)
     model, name = open_model(
         start, config.model, config.adapter, config.run, mesh, None if full else furnish, config.optim
     )
@@ -75,7 +77,6 @@ def open_cast(task: Task[C], mesh: Mesh, with_value: bool = False) -> Cast:
             config.run.microbatch_tokens,
         ),
         value=Role(frozen, VALUE, VALUE) if with_value else None,
-        policy_parameters=trained_parameters(model, name),
         value_parameters=adapter_parameters(frozen, VALUE) | head_parameters(frozen, VALUE) if with_value else {},
         models=models,
     )

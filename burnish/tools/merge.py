@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from burnish.config import Settings
-from burnish.engine.trained import check_base, check_trained, find_adapter, find_base
+from burnish.engine.trained import check_base, check_trained, find_adapter, find_base, tell_storage
 from burnish.settings import TrainedModelSettings
 
 
@@ -29,8 +29,10 @@ def main(config: Config, as_json: bool) -> None:
 
     from burnish.serve.merge import merge
 
-    check_base(find_adapter(config.model.adapter), find_base(config.model))
-    report = merge(find_base(config.model), find_adapter(config.model.adapter), config.out, onto=config.onto)
+    base, adapter = find_base(config.model), find_adapter(config.model.adapter)
+    check_base(adapter, base)
+    tell_storage(adapter, base, config.onto, "onto")
+    report = merge(base, adapter, config.out, onto=config.onto)
     if as_json:
         print(json.dumps(report))
         return

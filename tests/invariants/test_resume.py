@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import forkserver, tiny_data, tiny_folder
+from tests.tiny import forkserver, instead, tiny_data, tiny_folder
 
 STEPS = 9
 TIMES = ("seconds", "tokens_per_second", "memory_bytes")
@@ -62,7 +62,7 @@ def words(base: Path, run: Path, *more: str) -> list[str]:
     shared = [f"model.path={base / 'model'}", f"data.path={base / 'data.jsonl'}", f"run.folder={run}"]
     shared += [f"run.steps={STEPS}", "run.step_tokens=128", "run.microbatch_tokens=128", "data.max_length=128"]
     shared += ["optim.lr=0.01", "save.every=2", "save.keep=9", "evaluate.every=4", "run.device=cpu", "save.trackers=[]"]
-    return [*shared, *more]
+    return instead(shared, *more)
 
 
 def finish(

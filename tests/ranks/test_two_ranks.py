@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import forkserver, tiny_data, tiny_folder
+from tests.tiny import forkserver, instead, tiny_data, tiny_folder
 
 METHODS = {
     "full": ["model.storage=full"],
@@ -62,7 +62,8 @@ def base(tmp_path_factory):
 def words(base: Path, folder: Path, *more: str) -> list[str]:
     shared = [f"model.path={base / 'model'}", f"data.path={base / 'data.jsonl'}", f"run.folder={folder}"]
     shared += ["run.step_tokens=512", "run.microbatch_tokens=128", "data.max_length=128", "run.device=cpu"]
-    return [*shared, "optim.lr=0.001", "save.every=2", "evaluate.every=2", "save.trackers=[]", *more]
+    shared += ["optim.lr=0.001", "save.every=2", "evaluate.every=2", "save.trackers=[]"]
+    return instead(shared, *more)
 
 
 def curve(folder: Path) -> list[list[float]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from burnish.cli import main
-from tests.tiny import tiny_tokenizer
+from tests.tiny import instead, tiny_tokenizer
 
 
 @pytest.fixture
@@ -161,10 +161,11 @@ def test_every_answer_to_a_mistake_comes_before_torch(folders, tmp_path):
         ["sft", "optim.lrr=3"],
         ["sft", "model.shape=tiny"],
         ["sft", "optim.lr=x"],
-        ["sft", *good, "model.path=/nowhere"],
-        ["sft", *good, "data.path=/nowhere.jsonl"],
-        ["sft", *good, f"run.folder={data}"],
+        ["sft", *instead(good, "model.path=/nowhere")],
+        ["sft", *instead(good, "data.path=/nowhere.jsonl")],
+        ["sft", *instead(good, f"run.folder={data}")],
         ["sft", *good, "data.format=nonsense"],
+        ["sft", *good, *good],
         ["generate", "prompt=hi", "model.path=/nowhere"],
         ["eval", "model.path=/nowhere"],
         ["merge", "out=x", "model.adapter=/nowhere"],

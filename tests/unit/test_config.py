@@ -205,3 +205,9 @@ def test_amounts_of_memory_in_bytes():
         None,
         None,
     ]
+
+
+@pytest.mark.parametrize("later", ["0.2", "0.1"])
+def test_a_setting_that_two_words_give_is_refused(later):
+    said = f"'optim.lr' is given twice, as optim.lr=0.1 and as optim.lr={later}: leave one out"
+    assert message("optim.lr=0.1", "run.steps=2", f"optim.lr={later}") == said

@@ -1,5 +1,6 @@
 """Amounts of memory of which no plan is made: they must hold at least the weights."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,12 @@ import torch
 import torch.distributed as dist
 
 from burnish.config import build
+from burnish.engine import assemble
 from burnish.engine.assemble import lay_out, open_model
 from burnish.engine.mesh import Mesh
 from burnish.engine.start import Start
 from burnish.model.decoder import Decoder
+from burnish.model.shapes import SHAPES
 from burnish.settings import TrainingSettings
 from tests.tiny import tiny_folder
 
@@ -26,6 +29,32 @@ def opened(folder: Path, memory: str, **run: object) -> Decoder:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tiny_folder(tmp_path / "model")
+
+
+@pytest.mark.parametrize("adapter", [{"kind": "dora"}, {"kind": "ia3"}, {"dropout": 0.1}, {"kind": "lora"}])
+def test_an_amount_that_no_plan_keeps_to_is_told_and_must_hold_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], adapter: dict[str, object]
+) -> None:
+    """On a device with kernels and a memory of its own all blocks have a planner, and not all of them ask it."""
+    monkeypatch.setattr(assemble, "runs_kernels", lambda device: True)
+    monkeypatch.setattr(assemble, "has_host", lambda device: True)
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["tiny"]))
+
+    def laid_out(memory: str) -> str:
+        run = {"device": "cpu", "dtype": "bf16", "memory": memory}
+        groups = {"model": {"init": "random"}, "adapter": adapter, "run": run}
+        settings = build(TrainingSettings, groups)
+        decoder, _ = open_model(Start(tmp_path), settings.model, settings.adapter, settings.run, HERE)
+        assert decoder.planner is not None
+        return capsys.readouterr().err
+
+    planned = adapter == {"kind": "lora"}
+    told = "run.memory=1GB is compared with the weights alone: for this model, adapter, "
+    assert laid_out("1GB").startswith(told) != planned
+    assert laid_out("auto") == laid_out("least") == ""
+    if not planned:
+        with pytest.raises(ValueError, match=r"run\.memory=0\.01MB is too little: the weights alone take"):
+            laid_out("0.01MB")
 
 
 def megabytes(decoder: Decoder) -> float:

@@ -15,7 +15,7 @@ from burnish.engine.assemble import open_learner, open_model
 from burnish.engine.budget import LINK_RATE, leanest, make_plan, peak_bytes, seconds_of, sizes_of
 from burnish.engine.learner import Learner
 from burnish.engine.mesh import Mesh
-from burnish.engine.planner import Arranged, Held, Planner, arrange, plan_for
+from burnish.engine.planner import Arranged, Held, Planner, amount_of, arrange, plan_for
 from burnish.engine.room import NoRoom, Shortage
 from burnish.engine.start import Start
 from burnish.losses.likelihood import cross_entropy
@@ -24,7 +24,7 @@ from burnish.model.shapes import SHAPES
 from burnish.model.shelf import Plan, keep_everything, keep_inputs
 from burnish.optim import adamw
 from burnish.optim.adamw import AdamW, optimizer_tensors
-from burnish.settings import TrainingSettings
+from burnish.settings import TrainingSettings, memory_bytes
 from burnish.types import Batch
 from tests.tiny import tiny_batch
 from tests.unit.engine.test_budget import CPU, CUDA, GB, LLAMA_7B, NARROW, PLENTY, recomputed, work
@@ -68,7 +68,7 @@ def test_too_little_says_what_takes_how_much_and_what_would_do(monkeypatch: pyte
         plan_on_gpu(monkeypatch, "5GB", 74 * GB, held)
     text = str(error.value)
     assert "\n" not in text
-    assert "weights and adapters 4.0GB, gradients and optimizer 0.5GB" in text
+    assert "weights and adapters 4.0GB, gradients and optimizer 500.0MB" in text
     found = re.search(r"write run\.memory=(\S+) or a smaller run\.microbatch_tokens$", text)
     assert found is not None
     amount = float(found[1].removesuffix("GB"))
@@ -170,11 +170,28 @@ def test_states_leave_before_a_run_is_refused_and_the_message_counts_without_the
         arranged(monkeypatch, "5GB", 74 * GB, held)
     assert "gradients and optimizer 1.0GB with its states on the host" in str(error.value)
     there = Held(now=10 * GB, to_come=0, movable=5 * GB)  # of a run that is continued
-    with pytest.raises(ValueError, match=r"adapters 5\.0GB, gradients and optimizer 0\.0GB") as error:
+    with pytest.raises(ValueError, match=r"adapters 5\.0GB, gradients and optimizer 0\.0MB") as error:
         arranged(monkeypatch, "5GB", 74 * GB, there)
     written = re.search(r"write run\.memory=(\S+) or", str(error.value))
     assert written is not None
     assert arranged(monkeypatch, written[1], 74 * GB, there).away == 5 * GB
+
+
+def test_states_that_will_be_on_the_host_in_any_case_leave_less_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(now=4 * GB, to_come=GB)
+    assert any(arranged(monkeypatch, "least", 74 * GB, held).plan.host)
+    assert not any(arranged(monkeypatch, "least", 74 * GB, held._replace(lent=PLENTY)).plan.host)
+    with pytest.raises(ValueError, match=r"gradients and optimizer 1\.0GB with its states on the host"):
+        arranged(monkeypatch, "5GB", 74 * GB, held._replace(lent=GB))
+
+
+def test_amounts_are_written_as_they_are_read_and_never_less() -> None:
+    for size in (0, 1, 99_999, 630_000, 999_900_000, 999_900_001, 10**9, 24_123_456_789):
+        text = amount_of(size)
+        written = float(text[:-2]) * {"GB": 10**9, "MB": 10**6}[text[-2:]]
+        assert size <= written < size + (10**8 if size >= 10**9 else 10**5)
+        assert not size or memory_bytes(text) == pytest.approx(written, abs=1)
+    assert [amount_of(size) for size in (500_000_000, 999_900_001, 4 * 10**9)] == ["500.0MB", "1.0GB", "4.0GB"]
 
 
 Opened = tuple[Decoder, str | None, Learner]
@@ -320,6 +337,52 @@ def test_at_the_least_memory_states_are_on_the_host_from_the_start_and_from_a_re
     assert other.to_come() == 0
     step(again)
     assert other.away() > whole // 2
+
+
+@pytest.mark.usefixtures("paging")
+def test_states_that_an_amount_does_not_hold_beside_the_weights_are_on_the_host_before_a_resume_reads_them(
+    tmp_path: Path,
+) -> None:
+    ordinary = opened(tmp_path)
+    weights, unpaged = sum(p.nbytes for p in ordinary[0].parameters()), ordinary[2].optimizer
+    assert isinstance(unpaged, AdamW)
+    whole = unpaged.to_come()
+    first = {name: tensor.clone() for name, tensor in results(ordinary, [0])[1].items()}
+    wanted = results(ordinary, [0] * 2)
+    for share, away in ((1.5, False), (0.5, True)):
+        amount = weights + round(share * whole)
+        run = opened(tmp_path, memory=f"{amount / 1e6:.6f}MB")
+        planned, optimizer = run[0].planner, run[2].optimizer
+        assert isinstance(planned, Planner)
+        assert isinstance(optimizer, AdamW)
+        assert (optimizer.to_lend() > 0) == (planned.held().lent > 0) == away
+        adamw.restore_optimizer(optimizer, run[2].parameters, first)
+        assert weights + optimizer.held() <= amount  # though nothing is planned yet
+        assert weights + optimizer.held() > amount - 3 * 2**14 or not away  # and no more has left than must
+        assert (optimizer.away() > 0) == away
+        assert (optimizer.to_come(), planned.held().lent) == (0, 0)
+        with torch.no_grad():
+            for name, parameter in run[2].parameters.items():
+                parameter.copy_(first[name])
+        run[0].planner, run[2].steps_taken = None, 1  # the amount holds no step: it is about what comes before
+        assert_same(results(run, [0] * 2), wanted)
+
+
+@pytest.mark.usefixtures("paging")
+def test_of_several_optimizers_no_more_states_leave_than_must(tmp_path: Path) -> None:
+    decoder, _, learner = opened(tmp_path)
+    planned, groups = decoder.planner, [{"params": list(learner.parameters.values())}]
+    assert isinstance(planned, Planner)
+    several = [adamw.AdamW(groups, 0.1, (0.9, 0.99), 1e-8, True, 0) for _ in range(2)]
+    planned.optimizers, whole = several, several[0].to_come()
+    beyond = whole // 4
+    amount = planned.held().now + 2 * whole - beyond
+    planned.run = planned.run.model_copy(update={"memory": f"{amount / 1e6:.6f}MB"})
+    movable = sum(optimizer.movable() for optimizer in several)
+    planned.begin()
+    gone = movable - sum(optimizer.movable() for optimizer in several)
+    assert beyond <= gone < beyond + 2**15
+    assert several[1].to_lend() == 0
 
 
 def test_states_are_not_paged_where_the_host_is_the_device(tmp_path: Path) -> None:

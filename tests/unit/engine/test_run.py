@@ -22,7 +22,7 @@ from burnish.evaluate.likelihood import held_out_loss
 from burnish.model.checkpoint import load_model
 from burnish.settings import DataSettings, EvaluateSettings, TrainingSettings
 from burnish.types import Sequence
-from tests.tiny import tiny_data, tiny_folder
+from tests.tiny import instead, tiny_data, tiny_folder
 
 TIMES = ("seconds", "tokens_per_second", "memory_bytes")
 
@@ -55,7 +55,7 @@ def failing(monkeypatch, at_step: int, error: BaseException) -> None:
 
 
 def test_a_run_folder_tells_the_whole_story(words, tmp_path):
-    assert main([*words, "save.trackers=[tensorboard]", "evaluate.every=3", "evaluate.prompts=2"]) == 0
+    assert main(instead(words, "save.trackers=[tensorboard]", "evaluate.every=3", "evaluate.prompts=2")) == 0
     run = tmp_path / "run"
     names = {path.name for path in run.iterdir()}
     assert names >= {"config.yaml", "environment.json", "audit.json", "metrics.jsonl", "results.json", "report.html"}
@@ -77,7 +77,7 @@ def test_a_run_folder_tells_the_whole_story(words, tmp_path):
 
 
 def test_the_written_config_repeats_the_run(words, tmp_path):
-    assert main([*words, "adapter.dropout=0.2"]) == 0
+    assert main(instead(words, "adapter.dropout=0.2")) == 0
     assert main(["sft", str(tmp_path / "run" / "config.yaml"), f"run.folder={tmp_path / 'again'}"]) == 0
     first, second = (
         [{k: v for k, v in line.items() if k not in TIMES} for line in lines(tmp_path / name)]
@@ -89,7 +89,7 @@ def test_the_written_config_repeats_the_run(words, tmp_path):
 
 
 def test_the_newest_and_the_best_checkpoint_are_kept(words, tmp_path):
-    assert main([*words, "evaluate.every=2", "save.keep=1", "run.steps=8", "optim.lr=0.5"]) == 0
+    assert main(instead(words, "evaluate.every=2", "save.keep=1", "run.steps=8", "optim.lr=0.5")) == 0
     losses = {line["step"]: line["eval_loss"] for line in lines(tmp_path / "run") if "eval_loss" in line}
     best = min(losses, key=lambda step: losses[step])
     kept = {int(path.name.removeprefix("step-")) for path in (tmp_path / "run" / "checkpoints").iterdir()}
@@ -121,7 +121,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_rows_of_the_step(words, tmp_pa
         return step(self, microbatches, lambda batch: (objective(batch)[0] * float("nan"), {}), count)
 
     monkeypatch.setattr(Learner, "step", poisoned)
-    assert main([*words, "evaluate.fraction=0"]) == 1
+    assert main(instead(words, "evaluate.fraction=0")) == 1
     assert "the loss of step 1 is not finite" in capsys.readouterr().err
     record = json.loads((tmp_path / "run" / "non_finite.json").read_text())
     assert record["step"] == 1
@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_rows_of_the_step(words, tmp_pa
 
 def test_what_is_found_not_finite_too_late_says_where_to_go_on(words, tmp_path, monkeypatch, capsys):
     failing(monkeypatch, at_step=3, error=NonFinite(2, "grad_norm", [1], changed=True))
-    assert main([*words, "save.every=2"]) == 1
+    assert main(instead(words, "save.every=2")) == 1
     said = capsys.readouterr().err
     assert "Weights with finite gradients were changed: the last good checkpoint is " in said
     assert "step-00000002" in said
@@ -139,7 +139,7 @@ def test_what_is_found_not_finite_too_late_says_where_to_go_on(words, tmp_path, 
 
 def test_memory_that_ran_out_too_late_says_where_to_go_on(words, tmp_path, monkeypatch, capsys):
     failing(monkeypatch, at_step=3, error=Halfway())
-    assert main([*words, "save.every=2"]) == 1
+    assert main(instead(words, "save.every=2")) == 1
     said = capsys.readouterr().err
     assert "out of memory at step 4, when some weights had been changed already" in said
     assert "step-00000002: make room, and go on with save.resume=true" in said
@@ -185,7 +185,7 @@ def test_a_signal_lets_the_step_finish_and_saves_it(words, tmp_path, monkeypatch
 def test_what_is_saved_is_what_was_measured(words, tmp_path, capsys):
     """A full model's files hold the weights that the last verdict was about, to the last bit."""
     data = ["evaluate.fraction=0.3", "model.storage=full", "optim.lr=0.0001"]
-    assert main([*words, *data]) == 0
+    assert main(instead(words, *data)) == 0
     after = json.loads((tmp_path / "run" / "after.json").read_text())["metrics"]
     state = load_file(tmp_path / "run" / "checkpoints" / "step-00000006" / "weights.safetensors")
     saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
@@ -211,7 +211,7 @@ def test_general_text_is_measured_the_same_whatever_the_micro_batch(words, tmp_p
             "run.step_tokens=1024",
             f"evaluate.general={tmp_path}/general.txt",
         ]
-        assert main([*words, *more, "run.steps=0"]) == 0
+        assert main(instead(words, *more, "run.steps=0")) == 0
         losses.append(json.loads((tmp_path / str(budget) / "before.json").read_text())["metrics"]["eval_general_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -224,10 +224,10 @@ def test_epochs_are_passes_over_the_data():
 
 
 def test_other_data_under_the_same_name_is_not_continued(words, tmp_path, capsys):
-    assert main([*words, "run.steps=2"]) == 0
+    assert main(instead(words, "run.steps=2")) == 0
     text = (tmp_path / "data.jsonl").read_text()
     (tmp_path / "data.jsonl").write_text(text.replace("say 3 ", "tell 3 "))
-    assert main([*words, "run.steps=2", "save.resume=true"]) == 1
+    assert main(instead(words, "run.steps=2", "save.resume=true")) == 1
     assert "the data, its order or the number of ranks" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -243,8 +243,8 @@ def test_a_checkpoint_half_deleted_is_no_obstacle(words, tmp_path, monkeypatch):
         real(path, *args, **kwargs)
 
     monkeypatch.setattr("burnish.engine.checkpoints.shutil.rmtree", cut_short)
-    assert main([*words, "save.keep=1"]) == 130
-    assert main([*words, "save.keep=1", "save.resume=true"]) == 0
+    assert main(instead(words, "save.keep=1")) == 130
+    assert main(instead(words, "save.keep=1", "save.resume=true")) == 0
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000006"]
 
 
@@ -253,7 +253,7 @@ def test_a_run_is_continued_under_any_name_of_its_folder(words, tmp_path, monkey
     for checkpoint in ("step-00000006", "step-00000004"):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / checkpoint)
     (tmp_path / "run").rename(tmp_path / "moved")
-    assert main([*words, f"run.folder={tmp_path}/./moved/", "save.resume=true"]) == 0
+    assert main(instead(words, f"run.folder={tmp_path}/./moved/", "save.resume=true")) == 0
     assert [line["step"] for line in lines(tmp_path / "moved")] == [1, 2, 3, 4, 5, 6]
     assert "resume: false" in (tmp_path / "moved" / "config.yaml").read_text()
 

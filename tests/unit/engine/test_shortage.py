@@ -21,7 +21,7 @@ from burnish.optim.adamw import adamw, state_bytes
 from burnish.recipes.grpo import Config as Grpo
 from burnish.settings import TrainingSettings
 from tests.letters import assert_close, letters_world, train
-from tests.tiny import tiny_batch, tiny_data, tiny_folder
+from tests.tiny import instead, tiny_batch, tiny_data, tiny_folder
 
 TIMES = ("seconds", "tokens_per_second", "memory_bytes")
 
@@ -102,7 +102,7 @@ def test_a_run_goes_on_with_smaller_micro_batches_and_says_so(words, tmp_path, m
     assert 50 <= limits[-1] <= 64
     with monkeypatch.context() as patched:
         divided_from_the_start(patched, int(limits[-1]), from_step=2)
-        assert main([*words, f"run.folder={tmp_path / 'small'}"]) == 0
+        assert main(instead(words, f"run.folder={tmp_path / 'small'}")) == 0
     assert_same(tmp_path / "run", tmp_path / "small")
     expected = lines(tmp_path / "small")
     assert [{k: v for k, v in line.items() if k != "microbatch_tokens"} for line in own] == expected
@@ -117,7 +117,7 @@ def test_a_run_that_is_continued_after_it_is_the_one_that_was_not(words, tmp_pat
     shutil.rmtree(parted / "checkpoints" / "step-00000006")
     for name in ("after.json", "results.json"):
         (parted / name).unlink()
-    assert main([*words, f"run.folder={parted}", "save.resume=true"]) == 0  # with all the memory in the world
+    assert main(instead(words, f"run.folder={parted}", "save.resume=true")) == 0  # with all the memory in the world
     assert_same(parted, tmp_path / "run")
     assert lines(parted) == lines(tmp_path / "run")
 
@@ -131,13 +131,13 @@ def test_a_checkpoint_from_before_limits_were_kept_is_continued(words, tmp_path)
     whole = tmp_path / "whole"
     shutil.copytree(tmp_path / "run", whole)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
-    assert main([*words, "save.resume=true"]) == 0
+    assert main(instead(words, "save.resume=true")) == 0
     assert_same(tmp_path / "run", whole)
 
 
 def test_below_one_sequence_it_ends_with_what_holds_the_memory(words, tmp_path, monkeypatch, capsys):
     room_for(monkeypatch, 5, THIRD)
-    assert main([*words, "optim.kind=adamw8bit"]) == 1
+    assert main(instead(words, "optim.kind=adamw8bit")) == 1
     (said,) = [line for line in capsys.readouterr().err.splitlines() if "out of memory at step 3" in line]
     assert "one sequence, " in said
     assert "no weight was changed by that step" in said
@@ -150,8 +150,8 @@ def test_below_one_sequence_it_ends_with_what_holds_the_memory(words, tmp_path, 
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert main([*words, "optim.kind=adamw8bit", "save.resume=true"]) == 0
-    assert main([*words, "optim.kind=adamw8bit", f"run.folder={tmp_path / 'whole'}"]) == 0
+    assert main(instead(words, "optim.kind=adamw8bit", "save.resume=true")) == 0
+    assert main(instead(words, "optim.kind=adamw8bit", f"run.folder={tmp_path / 'whole'}")) == 0
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
@@ -202,8 +202,8 @@ def test_holdings_are_the_bytes_of_what_there_is():
 
 
 def test_evaluation_divides_what_it_has_no_room_for(words, tmp_path, monkeypatch):
-    measured = [*words, "run.steps=0", "evaluate.fraction=0.3"]
-    assert main([*measured, f"run.folder={tmp_path / 'whole'}"]) == 0
+    measured = instead(words, "run.steps=0", "evaluate.fraction=0.3")
+    assert main(instead(measured, f"run.folder={tmp_path / 'whole'}")) == 0
     room_for(monkeypatch, 48, training=False)
     assert main(measured) == 0
     whole, found = (json.loads((tmp_path / name / "after.json").read_text()) for name in ("whole", "run"))
@@ -216,8 +216,8 @@ def test_learning_from_comparisons_goes_on_with_smaller_micro_batches(method, wo
     rows = [{"prompt": f"say {i} plus {i * i}", "chosen": a, "rejected": b} for i, (a, b) in enumerate(answers)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = ["run.microbatch_tokens=256", "run.step_tokens=512", "run.steps=3", "adapter.dropout=0"]
-    words = [*method.split(), *words[1:], *more]
-    assert main([*words, f"run.folder={tmp_path / 'whole'}"]) == 0
+    words = [*method.split(), *instead(words[1:], *more)]
+    assert main(instead(words, f"run.folder={tmp_path / 'whole'}")) == 0
     room_for(monkeypatch, 120)
     assert main(words) == 0
     assert "step 1 ran out of memory with " in capsys.readouterr().out

@@ -34,7 +34,7 @@ from burnish.model.checkpoint import load_model
 from burnish.recipes.dpo import LOSSES, READ_BY, Config, kto_objective
 from burnish.types import Comparison, PreferenceBatch
 from burnish.types import Sequence as TokenSequence
-from tests.tiny import forkserver, tiny_data, tiny_folder
+from tests.tiny import forkserver, instead, tiny_data, tiny_folder
 
 SPENT = ("seconds", "tokens_per_second", "memory_bytes")
 """What two equal runs may differ in."""
@@ -76,7 +76,7 @@ def words(folder: Path, run: Path, *more: str, data: str = PAIRS) -> list[str]:
     shared = [f"data.path={folder / data}", f"run.folder={run}", "run.steps=4", "run.device=cpu", "save.trackers=[]"]
     shared += ["run.step_tokens=2048", "run.microbatch_tokens=2048", "data.max_length=128", "evaluate.fraction=0.2"]
     started = [] if any(word.startswith("from=") for word in more) else [f"model.path={folder / 'model'}"]
-    return ["dpo", *started, *shared, "optim.lr=0.003", *more]
+    return ["dpo", *instead([*started, *shared, "optim.lr=0.003"], *more)]
 
 
 def lines(run: Path) -> list[dict[str, float]]:
@@ -100,7 +100,7 @@ def reference_folder() -> Path:
 
 def test_a_fresh_adapter_begins_at_log_2_and_learns_the_preferences(folder, tmp_path):
     run = tmp_path / "run"
-    assert main([*words(folder, run, "run.steps=12", "evaluate.every=6", "evaluate.prompts=2", "beta=0.5")]) == 0
+    assert main(words(folder, run, "run.steps=12", "evaluate.every=6", "evaluate.prompts=2", "beta=0.5")) == 0
     steps = [line for line in lines(run) if "loss" in line]
     assert steps[0]["loss"] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6)
     assert (steps[0]["accuracy"], steps[0]["margin"], steps[0]["chosen_reward"]) == (0.5, 0, 0)
@@ -147,7 +147,7 @@ def test_full_weights_have_a_reference_that_is_a_second_copy_of_the_model(folder
     run = tmp_path / "run"
     assert main(words(folder, run, "model.storage=full")) == 0
     config, data = prepared(folder, PAIRS)
-    config = parse(Config, [*words(folder, run, "model.storage=full")[1:]])
+    config = parse(Config, words(folder, run, "model.storage=full")[1:])
     model, adapter = open_model(Start(folder / "model"), config.model, config.adapter, config.run, MESH)
     learner = open_learner(model, adapter, config.optim, 4, MESH)
     second = asked(Role(load_model(folder / "model", "fp32"), None), MESH)
@@ -400,7 +400,7 @@ def test_mistakes_are_answered_in_one_line_before_torch(folder, tmp_path):
         ([f"from={tmp_path / 'empty'}"], "neither a model nor an adapter"),
         ([f"from={tmp_path / 'nowhere'}"], "nowhere"),
     ]
-    commands = [([*words(folder, run), *more], said) for more, said in mistakes]
+    commands = [(instead(words(folder, run), *more), said) for more, said in mistakes]
     script = (
         "import contextlib, io, sys; from burnish.cli import main\n"
         f"for words, said in {commands!r}:\n"

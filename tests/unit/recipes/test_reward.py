@@ -27,7 +27,7 @@ from burnish.sampling.reward_model import last_values, open_model_scorer
 from burnish.sampling.scoring import RewardSource, check_reward, open_reward, shared_reward
 from burnish.settings import RewardSettings
 from burnish.types import Example, Message, Prompt, Rollout
-from tests.tiny import tiny_data, tiny_folder
+from tests.tiny import instead, tiny_data, tiny_folder
 
 WORDS = ("cat", "house", "dog", "small", "mat", "time", "sea", "red")
 TIMES = ("seconds", "tokens_per_second", "memory_bytes", "tokens", "num_tokens")
@@ -58,8 +58,7 @@ def words(base: Path, folder: Path, *more: str, data: str = "pairs") -> list[str
     shared = [f"model.path={base / 'model'}", f"data.path={base / data}.jsonl", f"run.folder={folder}"]
     shared += ["data.max_length=128", "run.microbatch_tokens=4096", "run.step_tokens=65536", "run.steps=3"]
     shared += ["optim.lr=0.01", "optim.warmup=0", "run.device=cpu", "save.trackers=[]", "save.every=0"]
-    given = {word.split("=")[0] for word in more}
-    return [word for word in shared if word.split("=")[0] not in given] + list(more)
+    return instead(shared, *more)
 
 
 def run(*arguments: Any, **keywords: Any) -> Path:

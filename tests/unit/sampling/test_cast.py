@@ -1,6 +1,7 @@
 """Who takes part: which model and adapter each role is, what of it learns, and what must not stand in for another."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from burnish.config import build
 from burnish.data.packing import collate
+from burnish.engine.assemble import trained_parameters
 from burnish.engine.mesh import Mesh
 from burnish.engine.rewards import normaliser
 from burnish.model.adapter_files import load_adapter
@@ -57,7 +59,8 @@ def test_from_an_adapter_all_roles_share_one_base(world: Path) -> None:
     assert [role.head for role in roles] == [None, None, "value"]
     learns = {name for name, p in found.models.named_parameters() if p.requires_grad}
     named = {id(p): name for name, p in found.models.named_parameters()}
-    assert learns == {named[id(p)] for part in (found.policy_parameters, found.value_parameters) for p in part.values()}
+    own = trained_parameters(found.policy.model, found.policy.adapter) | found.value_parameters
+    assert learns == {named[id(p)] for p in own.values()}
     assert {name.split(".adapters.")[1].split(".")[0] for name in learns if "adapters" in name} == {"policy", "value"}
     assert torch.equal(log_probs(found.policy), log_probs(found.reference))
     alone = load_model(world / "base", "bf16")
@@ -84,10 +87,24 @@ def test_full_weights_leave_the_other_roles_a_frozen_copy(world: Path) -> None:
     assert found.policy.model is not found.reference.model is found.value.model
     assert adapter_names(found.policy.model) == []
     assert adapter_names(found.reference.model) == ["reward", "value"]
-    assert len(found.policy_parameters) == len(list(found.policy.model.parameters()))
+    assert all(p.requires_grad for p in found.policy.model.parameters())
     frozen = {name for name, p in found.reference.model.named_parameters() if not p.requires_grad}
     assert all("value" not in name for name in frozen)
     assert not {id(p) for p in found.policy.model.parameters()} & {id(p) for p in found.reference.model.parameters()}
+
+
+def test_a_reward_adapter_on_weights_that_it_has_not_seen_is_told(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "reward"
+    shutil.copytree(world / "reward", folder)
+    about = json.loads((folder / "burnish.json").read_text())
+    (folder / "burnish.json").write_text(json.dumps(about | {"storage": "nf4"}))
+    for model, key in (({"storage": "bf16"}, "model"), ({"storage": "full"}, "kl")):
+        opened(world, with_value=False, model=model, reward={"path": str(folder)})
+        assert f"which it has not seen: {key}.storage=nf4 gives it those" in capsys.readouterr().err
+    opened(world, with_value=False, model={"storage": "nf4"}, reward={"path": str(folder)})
+    assert "NF4" not in capsys.readouterr().err
 
 
 def test_every_role_reads_at_the_temperature_of_rollouts_without_dropout(world: Path) -> None:

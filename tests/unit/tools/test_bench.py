@@ -13,13 +13,14 @@ from burnish.engine.memory import CLASSES
 from burnish.model.decoder import Decoder
 from burnish.report.costs import WIDTH
 from burnish.report.units import ABSENT
+from tests.tiny import instead
 
 TINY = ["bench", "model.shape=tiny", "run.device=cpu", "run.steps=1", "length=32"]
 
 
 def as_json(capsys: pytest.CaptureFixture[str], *words: str):
     capsys.readouterr()
-    assert main([*TINY, *words, "--json"]) == 0
+    assert main(instead(TINY, *words, "--json")) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -61,13 +62,13 @@ def test_a_plan_is_told_in_numbers_of_blocks(capsys: pytest.CaptureFixture[str])
     assert least["plan"]["qkv"] == {"kept": 0, "host": 0, "again": 2}
     assert least["plan"]["x"] == {"kept": 2, "host": 0, "again": 0}
     assert least["classes"]["activations"] < kept["classes"]["activations"] / 2
-    assert main([*TINY, "run.dtype=fp8", "run.memory=least"]) == 0
+    assert main(instead(TINY, "run.dtype=fp8", "run.memory=least")) == 0
     assert "keeps inputs; computes again q/k/v, attention, MLP inputs, gate/up" in capsys.readouterr().out
 
 
 def test_the_table_fits_a_terminal_and_names_what_it_is_of(capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    assert main([*TINY, "compare=qlora,sft,dpo"]) == 0
+    assert main(instead(TINY, "compare=qlora,sft,dpo")) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= WIDTH
     assert lines[0] == "tiny, random weights: 2 layers, 64 wide, 103k parameters"
@@ -92,7 +93,7 @@ def test_what_does_not_fit_is_left_out_with_the_reason(capsys: pytest.CaptureFix
     assert "model.storage=full trains them" in full["problem"]
     assert lora["problem"].startswith("run.memory=0.63MB is too little: weights and adapters ")
     assert qlora["peak_bytes"] > 0
-    assert main([*TINY, *words]) == 0
+    assert main(instead(TINY, *words)) == 0
     out = capsys.readouterr().out
     assert "\nlora: run.memory=0.63MB is too little" in out
     assert next(line for line in out.splitlines() if line.startswith("ms a step")).split()[3:5] == [ABSENT, ABSENT]
