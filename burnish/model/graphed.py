@@ -31,7 +31,6 @@ from burnish.model.families import DecoderConfig
 from burnish.model.fused_pass import FusedPass, Trunk
 from burnish.model.recorder import Flight, Gradients, Lane, Recorder
 from burnish.model.shelf import HostMemory, Plan, Shelf
-from burnish.ops.attention import Layout
 from burnish.ops.blocks import padded as padded_blocks
 from burnish.ops.blocks import takes_blocks
 from burnish.ops.keys import padded
@@ -173,14 +172,16 @@ class Graphs:
         assert layout is not None
         tokens, sequences, longest = len(x), len(layout.starts) - 1, layout.longest
         shared = layout.keys is not None
-        keys = 0 if layout.keys is None or self._reads_in_place(layout) else len(layout.keys.position)
+        by_blocks = layout.blocks is not None and takes_blocks(self._trunk.config.head_dim)
+        keys = 0 if layout.keys is None or by_blocks else len(layout.keys.position)
         if not layout.even:  # kernels for even batches take no padding
             step = _step(tokens)
             if not host_bound(self._trunk.config, _up(tokens, step), longest, self._trunk.fp8):
                 step //= FINER
             more = _up(tokens, step) - tokens
             # By powers of four from that of the padding on: the kernels' programs beyond a sequence's end do nothing.
-            bound, more_keys = step, 0
+            # Blocks are as many for any lengths.
+            bound, more_keys = _power_of_two(tokens + more) if by_blocks else step, 0
             if keys > 0:
                 step = _step(keys + more)
                 bound, more_keys = 2 * step, _up(keys + more, step) - keys
@@ -191,10 +192,6 @@ class Graphs:
             tokens, longest = tokens + more, bound
         wants_x = plan is not None and x.requires_grad
         return Key(tokens, sequences, longest, shared, keys, layout.even, x.dtype, factors, wants_x, plan)
-
-    def _reads_in_place(self, layout: Layout) -> bool:
-        """Whether shared prompts are read where they stand: how many keys that makes is nothing to a recording then."""
-        return layout.blocks is not None and takes_blocks(self._trunk.config.head_dim)
 
     def _recording(self, key: Key, x: Tensor, given: Pass) -> "Recording | None":
         """That of the key, made when the key comes for the second time, if it can be."""

@@ -17,6 +17,7 @@ from burnish.model.decoder import Decoder
 from burnish.model.graphed import Graphs, host_bound
 from burnish.model.shelf import NAMES, Plan, keep_everything, keep_inputs
 from burnish.ops import attention
+from burnish.ops.blocks import ROWS, Blocks
 from burnish.types import Batch
 from tests.tiny import Groups, tiny_batch, tiny_folder, tiny_shared_batch
 
@@ -92,6 +93,35 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Decoder, "_padded", lambda self: False)
     monkeypatch.setattr(graphed, "ROWS", 16)
     monkeypatch.setattr(graphed, "SEQUENCES", 4)
+
+
+def by_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float, window: int | None) -> Tensor:
+    """Attention that knows sequences by the blocks of queries alone, as our own kernels do; rows in no block stay 0."""
+    seen, row = torch.zeros(len(q), len(q), dtype=torch.bool), torch.arange(len(q))
+    for first, end, start, prefix_start, prefix, _ in blocks.tables().queries.tolist():
+        for reader in range(first, min(end, first + ROWS)):
+            own, before = (row >= start) & (row <= reader), (row >= prefix_start) & (row < prefix_start + prefix)
+            seen[reader] = own | before
+    assert window is None
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True).transpose(0, 1)
+    return torch.where(seen.any(1)[:, None, None], out, 0)
+
+
+@torch.enable_grad()
+def by_blocks_backward(dout, given, out, sums, blocks, scale, window):
+    leaves = [x.detach().requires_grad_() for x in given]
+    return torch.autograd.grad(by_blocks(*leaves, blocks, scale, window), leaves, dout)
+
+
+@pytest.fixture
+def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared prompts are read where they stand."""
+    monkeypatch.setattr(attention, "_wants_blocks", lambda device: True)
+    monkeypatch.setattr(attention, "forward_by_blocks", lambda *given: (by_blocks(*given), (torch.zeros(1, 1),)))
+    monkeypatch.setattr(attention, "backward_by_blocks", by_blocks_backward)
+    for module in (attention, graphed):
+        monkeypatch.setattr(module, "takes_blocks", lambda width: True)
 
 
 @pytest.fixture
@@ -209,15 +239,14 @@ def test_what_a_batch_with_shared_prompts_is_padded_to(
     assert (key.tokens, key.sequences, key.longest, key.keys, key.even) == (*padded, False)
 
 
-def test_keys_that_nobody_copies_make_no_recordings_of_their_own(
-    model: Decoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Prompts that are read where they stand: what counts are tokens and sequences."""
-    monkeypatch.setattr(attention, "_wants_blocks", lambda device: True)
-    monkeypatch.setattr(graphed, "takes_blocks", lambda width: True)
-    keys = {key_of(model, tiny_shared_batch(groups)[1]) for groups in (GROUPS, ((9, (3, 4)), (3, (2, 6, 3))))}
-    assert [(key.tokens, key.sequences, key.shared, key.keys) for key in keys] == [(32, 8, True, 0)]
-    assert not key_of(model, tiny_batch((5, 9))).shared
+@pytest.mark.usefixtures("in_place")
+def test_keys_that_nobody_copies_make_no_recordings_of_their_own(model: Decoder) -> None:
+    """What counts are tokens and sequences."""
+    many = (GROUPS, ((9, (3, 4)), (3, (2, 6, 3))), ((1, (20, 2, 2, 2, 3)),))
+    keys = {key_of(model, tiny_shared_batch(groups)[1])._replace(factors=None) for groups in many}
+    assert [(key.tokens, key.sequences, key.longest, key.shared, key.keys) for key in keys] == [(32, 8, 32, True, 0)]
+    key = key_of(model, tiny_batch((5, 9)))
+    assert (key.tokens, key.longest, key.shared) == (16, 16, False)
 
 
 def test_where_padding_would_take_the_device_longer_than_the_host_it_is_less(
@@ -501,10 +530,30 @@ def test_batches_that_share_prompts_in_any_way_are_the_same_before_and_after(mod
     assert again.recorded == 8
 
 
+@pytest.mark.usefixtures("in_place")
+def test_recordings_read_prompts_where_they_stand_in_each_batch(model: Decoder) -> None:
+    batches = [*(shared(groups, seed) for seed, groups in enumerate(MANY)), tiny_batch((9, 8, 3, 2, 1))]
+    launched = [run(model, batch) for batch in batches]
+    again = use_graphs(model)
+    first = [run(model, batch) for batch in batches]
+    for ours, theirs in zip(first, launched, strict=True):
+        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
+    for _ in range(2):
+        for batch, wanted in zip(batches, first, strict=True):
+            assert_same(run(model, batch), wanted)
+    assert sorted((key.tokens, key.sequences, key.shared, key.keys) for key in recordings(model)) == [
+        *((32, 4, True, 0), (32, 8, False, 0), (32, 8, True, 0), (32, 16, True, 0)),
+    ]
+    assert again.recorded == 8
+
+
+@pytest.mark.parametrize("way", ["copied", "in place"])
 @pytest.mark.parametrize("groups", MANY)
 def test_shared_prompts_have_the_gradients_of_autograd(
-    model: Decoder, monkeypatch: pytest.MonkeyPatch, groups: Groups
+    model: Decoder, monkeypatch: pytest.MonkeyPatch, groups: Groups, way: str, request: pytest.FixtureRequest
 ) -> None:
+    if way == "in place":
+        request.getfixturevalue("in_place")
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # norms and rotations go through fp32
     batch, model.dtype = shared(groups), torch.float64
     use_graphs(model)
