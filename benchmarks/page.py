@@ -66,7 +66,10 @@ def filled(page: str, rows: Sequence[Row]) -> str:
 
 
 def runs(rows: Iterable[Row]) -> Iterator[tuple[Work, list[Row]]]:
-    """Every work with its last run beside peers, else its last; a run is what was measured on a day at a commit."""
+    """Every work with its last run beside peers, else its last; a run is what was measured on a day at a commit.
+
+    The run comes last; before it what other runs of that day measured with settings for which it had no time.
+    """
     found: dict[Work, dict[tuple[str, str], list[Row]]] = {}
     for row in rows:
         if row["benchmark"] in ("sft", "dpo"):
@@ -78,7 +81,10 @@ def runs(rows: Iterable[Row]) -> Iterator[tuple[Work, list[Row]]]:
             found.setdefault(work, {}).setdefault((row["date"], row["commit"]), []).append(row)
     for work, by_run in sorted(found.items(), key=lambda item: _place(item[0])):
         with_peers = [run for run in by_run.values() if {row["system"] for row in run} - {"burnish"}]
-        yield work, _last_of_each([*by_run.values()][-1] if not with_peers else with_peers[-1])
+        chosen = _last_of_each([*by_run.values()][-1] if not with_peers else with_peers[-1])
+        day, had = chosen[-1]["date"], {_how(row) for row in chosen}
+        others = [row for (date, _), run in by_run.items() if date == day for row in run if _how(row) not in had]
+        yield work, [*_last_of_each(others), *chosen]
 
 
 def words_of(row: Row) -> dict[str, str]:
@@ -98,7 +104,11 @@ def _kind(work: Work) -> tuple[str, str, str]:
 
 def _last_of_each(run: Sequence[Row]) -> list[Row]:
     """A run's rows without those that were measured again in it."""
-    return [*{(row["system"], row["checkpointing"], row["settings"]): row for row in run}.values()]
+    return [*{_how(row): row for row in run}.values()]
+
+
+def _how(row: Row) -> tuple[str, ...]:
+    return row["system"], row["checkpointing"], row["settings"]
 
 
 def table(work: Work, run: Sequence[Row]) -> list[str]:
@@ -119,7 +129,8 @@ def table(work: Work, run: Sequence[Row]) -> list[str]:
         rate = row["samples_per_second"] if work.benchmark == "dpo" else f"{int(row['tokens_per_second']):,}"
         rounds = str(len(re.findall(r"[\d.]+", row["note"].partition(";")[0])))
         memory_of_row = [row["peak_allocated_gib"], row["peak_reserved_gib"]]
-        cells = [NAMES[row["system"]], told_of(row), rate, rounds, *memory_of_row]
+        system = NAMES[row["system"]] + ("" if row["commit"] == last["commit"] else f" ({row['commit']})")
+        cells = [system, told_of(row), rate, rounds, *memory_of_row]
         lines.append(f"| {' | '.join([*cells, row['compile_seconds'], beside(row, run)])} |")
     return lines
 
@@ -189,12 +200,13 @@ def told_of(row: Row) -> str:
 
 
 def beside(row: Row, run: Sequence[Row]) -> str:
-    """Burnish's speed over that of each peer's fastest setting of the same side."""
+    """Burnish's speed over that of each peer's fastest setting of the same side, in the same run."""
     if row["system"] != "burnish":
         return ""
     parts: list[str] = []
     for system, name in NAMES.items():
-        others = [other for other in run if other["system"] == system != "burnish" and side_of(other) == side_of(row)]
+        same = [other for other in run if other["commit"] == row["commit"] and side_of(other) == side_of(row)]
+        others = [other for other in same if other["system"] == system != "burnish"]
         if others:
             fastest = max(float(other["tokens_per_second"]) for other in others)
             parts.append(f"{float(row['tokens_per_second']) / fastest:.2f}x {name}")

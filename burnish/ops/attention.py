@@ -15,7 +15,7 @@ length go to it, a multiple of 64, so that shapes are few. Its ragged form is le
 anew at every call (pytorch/pytorch#191576), and the backward pass reads beyond its memory (pytorch/pytorch#186142).
 All other batches go to kernels of our own there (`kernels/attention.py`), which need 0.67 of FlashAttention 2's time
 for heads of 128 channels, read the prompts that sequences share where they stand, and add up in one order; heads of
-less than 64 stay with FlashAttention 2.
+less than 64 channels, or between 128 and 256, stay with FlashAttention 2.
 """
 
 import functools

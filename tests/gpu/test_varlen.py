@@ -80,7 +80,6 @@ def check(batch: Batch, heads: Heads, window: int | None, dtype: torch.dtype) ->
         (Heads(4, 4, 128), None, torch.bfloat16),
         (Heads(4, 4, 128), 50, torch.bfloat16),
         (Heads(4, 1, 128), None, torch.float16),
-        (Heads(2, 1, 192), None, torch.bfloat16),
         (Heads(2, 1, 256), None, torch.bfloat16),
     ],
 )

@@ -61,10 +61,13 @@ def test_blocks_are_made_for_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> No
         assert (packed_layout(tiny_batch([5, 9]), padded=False).blocks is not None) == made
 
 
-def test_heads_that_the_kernels_do_not_take_go_elsewhere(monkeypatch: pytest.MonkeyPatch, asked: list[object]) -> None:
+@pytest.mark.parametrize("width", [32, 68, 192])
+def test_heads_that_the_kernels_do_not_take_go_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, asked: list[object], width: int
+) -> None:
     monkeypatch.setattr(ops, "_flash_forward", lambda q, *given: (q, (torch.zeros(2, len(q)),)))
     monkeypatch.setattr(ops, "_flash_backward", lambda dout, given, *rest: given)
-    both_passes(packed_layout(tiny_batch([5, 9]), padded=False), 14, 32, None)
+    both_passes(packed_layout(tiny_batch([5, 9]), padded=False), 14, width, None)
     assert asked == []
 
 
