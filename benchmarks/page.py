@@ -24,6 +24,8 @@ TITLES = {
     ("sft", "nf4", "alpaca"): "QLoRA on ragged rows",
     ("dpo", "nf4", ""): "DPO with QLoRA",
 }
+ATTENTION = "attention "
+"""How the names of its rows begin."""
 COMPUTE_BF16, COMPUTE_FP8 = 790e12, 1400e12
 TOKEN, BLOCKS = 28.55e9, 25.90e9
 """FLOP of a token with LoRA on the Llama-2-7B shape, rows of 2,048 tokens, nothing computed twice; those of the blocks'
@@ -60,7 +62,7 @@ def filled(page: str, rows: Sequence[Row]) -> str:
     """The page with the tables of these rows."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    tables = [*(table(work, run) for work, run in runs(rows)), memory(rows), kernels(rows)]
+    tables = [*(table(work, run) for work, run in runs(rows)), memory(rows), attention(rows), kernels(rows)]
     text = "\n\n".join("\n".join(lines) for lines in tables if lines)
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
@@ -173,15 +175,46 @@ def how_of(row: Row) -> str:
 
 def kernels(rows: Sequence[Row]) -> list[str]:
     """The last figures of each kernel and product, on the device of the last of them."""
-    measured = [row for row in rows if row["benchmark"] == "kernels"]
-    if not measured:
+    latest = {name: row for name, row in _named(rows).items() if not name.startswith(ATTENTION)}
+    if not latest:
         return []
-    device = measured[-1]["device"]
-    latest = {row["settings"].removeprefix("name="): row for row in measured if row["device"] == device}
-    lines = [f"### Kernels and products: {device}", "", "| name | ms | | commit |", "| --- | ---: | --- | --- |"]
+    lines = [
+        f"### Kernels and products: {_device(latest)}",
+        "",
+        "| name | ms | | commit |",
+        "| --- | ---: | --- | --- |",
+    ]
     for name, row in latest.items():
         lines.append(f"| {name} | {1000 * float(row['step_seconds']):.4f} | {row['note']} | {row['commit']} |")
     return lines
+
+
+def attention(rows: Sequence[Row]) -> list[str]:
+    """The last milliseconds of attention over packed sequences, a line for each batch and a column for each way."""
+    latest = {name: row for name, row in _named(rows).items() if name.startswith(ATTENTION)}
+    if not latest:
+        return []
+    found: dict[str, dict[str, str]] = {}
+    for name, row in latest.items():
+        title, _, way = name.removeprefix(ATTENTION).rpartition(", ")
+        milliseconds = f"{1000 * float(row['step_seconds']):.3f}"
+        line = found.setdefault(title.removeprefix("backward "), {})
+        line[way] = f"{line[way]} + {milliseconds}" if way in line else milliseconds
+    ways = list(dict.fromkeys(way for line in found.values() for way in line))
+    last = [*latest.values()][-1]
+    lines = [f"### Attention over packed sequences, forward + backward, ms: {_device(latest)}", ""]
+    lines += [f"{last['date']}, commit {last['commit']}, PyTorch {last['torch']}.", ""]
+    lines += [f"| sequences | {' | '.join(ways)} |", f"| --- |{' ---: |' * len(ways)}"]
+    return lines + [f"| {title} | {' | '.join(line.get(way, '') for way in ways)} |" for title, line in found.items()]
+
+
+def _named(rows: Sequence[Row]) -> dict[str, Row]:
+    measured = [row for row in rows if row["benchmark"] == "kernels"]
+    return {row["settings"].removeprefix("name="): row for row in measured if row["device"] == measured[-1]["device"]}
+
+
+def _device(latest: Mapping[str, Row]) -> str:
+    return next(iter(latest.values()))["device"]
 
 
 def side_of(row: Row) -> str:

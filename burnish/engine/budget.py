@@ -55,8 +55,6 @@ class Work(NamedTuple):
     fp8: bool = False
     device: str = "cuda"
     """The type of the device: the head takes fewer rows at a time on a CPU."""
-    passes: int = 1
-    """Forward passes that wait at the same time for their backward passes."""
     embedding: int = 0
     """Bytes of the embedding, where it may lie on the host."""
     keys: int = 0
@@ -80,7 +78,6 @@ class Sizes(NamedTuple):
     """Seconds of a block's forward pass: what copies to the host can hide under."""
     decoded: int
     """The weights of a block as they are multiplied with; 0 where they are stored so, or trained."""
-    passes: int = 1
     tokens: int = 0
     embedding: int = 0
     """Of the embedding, where it may lie on the host: frozen, and not the head as well."""
@@ -137,7 +134,6 @@ def sizes_of(config: DecoderConfig, work: Work) -> Sizes:
         head=4 * tokens * hidden * itemsize + logits * (4 + itemsize),
         forward=sum(seconds.values()) + linear(inner, hidden),
         decoded=parameters * (2 if work.fp8 else itemsize) if other and not trains else 0,
-        passes=work.passes,
         tokens=tokens,
         embedding=work.embedding,
         a_step=work.a_step,
@@ -197,9 +193,9 @@ def peak_bytes(plan: Plan, sizes: Sizes) -> int:
     for own, at_work in zip(kept, block_peaks(plan, sizes), strict=True):
         peak = max(peak, before + at_work)
         before += own
-    waiting = sizes.passes * len(kept) * sizes.small + (sizes.passes - 1) * total
+    small = len(kept) * sizes.small
     aside = sizes.embedding if plan.embedding_on_host else 0
-    return peak + waiting + plan.dense_blocks * sizes.decoded - aside
+    return peak + small + plan.dense_blocks * sizes.decoded - aside
 
 
 def block_peaks(plan: Plan, sizes: Sizes) -> list[int]:
@@ -263,7 +259,7 @@ def _least(sizes: Sizes, num_blocks: int, names: Sequence[str], host_room: int, 
     """
     host = [set[str]() for _ in range(num_blocks)]
     for name in names:
-        size = sizes.passes * buffer_bytes(sizes.saved[name])
+        size = buffer_bytes(sizes.saved[name])
         count = min(num_blocks - 1, host_room // size)
         host_room -= count * size
         for block in range(count):

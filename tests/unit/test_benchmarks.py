@@ -485,6 +485,9 @@ def test_the_page_takes_the_last_run_beside_peers_and_compares_within_a_side() -
         return {**like, **work, "settings": told, "tokens_per_second": speed, "commit": commit, **more}
 
     rows = [
+        row(ours[0], "lean", "14000", "0"),  # of that day, with settings that had no turn in the last run
+        row(theirs[0], "lean", "9999", "0", checkpointing="True"),
+        row(ours[0], "lean", "77777", "older", date="2026-01-01"),
         row(ours[0], "fast", "18000", "a"),
         row(theirs[0], "fast", "15000", "a", checkpointing="False"),
         row(theirs[0], "lean", "10000", "a", checkpointing="True"),
@@ -492,12 +495,32 @@ def test_the_page_takes_the_last_run_beside_peers_and_compares_within_a_side() -
         row(ours[0], "fast", "99999", "b"),  # alone: no ratio of one run
     ]
     ((found, run),) = page.runs(rows)
-    assert [one["tokens_per_second"] for one in run] == ["18600", "15000", "10000"]
+    assert [one["tokens_per_second"] for one in run] == ["14000", "18600", "15000", "10000"]
     lines = page.table(found, run)
     assert lines[0] == "### QLoRA: llama-2-7b"
     assert "18,600" in lines[6]
     assert lines[6].endswith("| 1.24x Unsloth |")
-    assert [line.count("x Unsloth") for line in lines[7:]] == [0, 0]
+    assert [line.count("x Unsloth") for line in lines[7:]] == [0, 0, 0]
+    assert [line.split(" | ")[0] for line in lines[6:]] == ["| Burnish", "| Unsloth", "| Burnish (0)", "| Unsloth"]
+
+
+def test_the_page_has_a_line_of_attention_for_each_batch() -> None:
+    row = rows_like("burnish", {"benchmark": "kernels"})[0]
+    names = {
+        "attention 2x8, alpha": "0.000100",
+        "attention backward 2x8, alpha": "0.000200",
+        "attention 9, beta": "0.003",
+    }
+    rows = [{**row, "settings": f"name={name}", "step_seconds": taken} for name, taken in names.items()]
+    older = {**rows[0], "device": "another"}
+    lines = page.attention([older, *rows])
+    assert lines[4:] == [
+        "| sequences | alpha | beta |",
+        "| --- | ---: | ---: |",
+        "| 2x8 | 0.100 + 0.200 |  |",
+        "| 9 |  | 3.000 |",
+    ]
+    assert page.kernels(rows) == []
 
 
 def test_the_picture_has_a_mark_for_each_row_and_the_limits_of_arithmetic() -> None:

@@ -342,12 +342,6 @@ def test_nothing_dearer_is_computed_again_than_what_is_kept(case: tuple[Sizes, i
         assert not sizes.decoded or plan.dense_blocks == num_blocks or peak_bytes(plan, sizes) + sizes.decoded > room
 
 
-def test_two_passes_that_wait_at_once_take_twice_the_activations() -> None:
-    one, two = (sizes_of(LLAMA_7B, work(passes=passes)) for passes in (1, 2))
-    more = peak_bytes(keep_everything(32), two) - peak_bytes(keep_everything(32), one)
-    assert more == 32 * (sum(one.saved.values()) + one.small)
-
-
 def test_every_storage_has_a_plan() -> None:
     """Of a model with windows in some layers, with and without 8 bits."""
     raw: dict[str, object] = {
