@@ -10,7 +10,8 @@ COLOURS = {"burnish": "#c2410c", "unsloth": "#2563eb", "trl": "#4d7c0f"}
 NAMES = {"burnish": "Burnish", "unsloth": "Unsloth", "trl": "TRL"}
 STYLE = (
     "text{font:11px system-ui,sans-serif;fill:#1f2937;stroke:#fff;stroke-width:3px;paint-order:stroke}"
-    ".faint{fill:#6b7280}.rule{stroke:#e5e7eb}.limit{stroke:#6b7280;stroke-dasharray:5 4}.lead{stroke:#9ca3af;stroke-width:.7}"
+    ".faint{fill:#6b7280}.rule{stroke:#e5e7eb}.limit{stroke:#6b7280;stroke-dasharray:5 4}"
+    ".lead{stroke:#9ca3af;stroke-width:.7}"
 )
 WIDTH, HEIGHT, LEGEND = 720.0, 430.0, 30.0
 LINE = 13.0

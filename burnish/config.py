@@ -5,9 +5,10 @@ not exist, a value of the wrong kind and two settings that contradict each other
 """
 
 import difflib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -43,8 +44,8 @@ def parse(schema: type[S], words: Sequence[str]) -> S:
     """The settings that a command line asks for: YAML files first, in order, then key=value words over them.
 
     Raises ConfigError, whose message is one line, for a file that cannot be read, a word that is neither, an unknown
-    key (with the nearest known one), a key that two words give, a value of the wrong kind, or settings that contradict
-    each other.
+    key (with the nearest known one), a setting that two words or two lines of a file give, a value of the wrong kind,
+    or settings that contradict each other.
     """
     tree: dict[str, Any] = {}
     kinds = {key: kind for key, kind, *_ in fields(schema)}
@@ -55,13 +56,8 @@ def parse(schema: type[S], words: Sequence[str]) -> S:
         elif word not in pairs:
             hint = _without_dashes(words[place:], list(kinds)) or "--help lists the keys"
             raise ConfigError(f"'{word}' is neither key=value nor a .yaml file; {hint}")
-    given: dict[str, str] = {}
-    for word in pairs:
-        key, _, text = word.partition("=")
-        if (key := key.strip()) in given:
-            raise ConfigError(f"'{key}' is given twice, as {key}={given[key]} and as {key}={text}: leave one out")
-        given[key] = text
-        _put(tree, key, _value(kinds.get(key, ""), key, text))
+    for key, value in _read_words(pairs, kinds):
+        _put(tree, key, value)
     return build(schema, tree)
 
 
@@ -94,13 +90,38 @@ def fields(schema: type[Settings], prefix: str = "") -> Iterator[tuple[str, str,
             yield prefix + name, _kind_name(kind), default, field.description or ""
 
 
+class _Twice(yaml.YAMLError):
+    """A mapping has a key twice."""
+
+    def __init__(self, key: str, first: int, second: int) -> None:
+        super().__init__(key)
+        self.key, self.lines = key, f"line {first}" if first == second else f"lines {first} and {second}"
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads what SafeLoader reads but for a key given twice, of which that one takes the last without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)  # looked at here: later, what << merges stands among the keys
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                name, line = (key.tag, key.value), key.start_mark.line + 1
+                if name in lines:
+                    raise _Twice(key.value, lines[name], line)
+                lines[name] = line
+        return node
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(missing("file", path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
+    except _Twice as error:
+        raise ConfigError(f"{path}: '{error.key}' is given twice, on {error.lines}: leave one out") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if tree is None:
@@ -108,6 +129,30 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold `key: value` lines, not a {type(tree).__name__}")
     return tree
+
+
+def _read_words(words: Sequence[str], kinds: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    """The settings that key=value words give, by dotted key. Raises ConfigError where two words give the same one."""
+    given: dict[str, str] = {}
+    for word in words:
+        key, _, text = word.partition("=")
+        key = key.strip()
+        settings = dict(_settings_in(key, _value(kinds.get(key, ""), key, text), kinds))
+        for name, (other, before) in itertools.product(settings, given.items()):
+            if f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}."):
+                both = min(name, other, key=len)
+                raise ConfigError(f"'{both}' is given twice, as {before} and as {key}={text}: leave one out")
+        given |= dict.fromkeys(settings, f"{key}={text}")
+        yield from settings.items()
+
+
+def _settings_in(key: str, value: Any, kinds: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    """What a word gives: the settings of a group, as in `model={path: x}`, or the one setting that it names."""
+    if isinstance(value, dict) and any(name.startswith(f"{key}.") for name in kinds):
+        for name, part in cast(dict[Any, Any], value).items():
+            yield from _settings_in(f"{key}.{name}", part, kinds)
+    else:
+        yield key, value
 
 
 def _value(kind: str, key: str, text: str) -> Any:
@@ -121,7 +166,9 @@ def _value(kind: str, key: str, text: str) -> Any:
     if kind.startswith("tuple") and not listed:
         return [] if text in ("", "none") else text.split(",")
     try:
-        return yaml.safe_load(text) if text.strip() else text
+        return yaml.load(text, _Loader) if text.strip() else text
+    except _Twice as error:
+        raise ConfigError(f"{key}={text} gives '{error.key}' twice: leave one out") from None
     except yaml.YAMLError:
         if listed:
             raise ConfigError(f"'{key}' looks like a list that YAML cannot read: put its items in quotes") from None
@@ -130,7 +177,9 @@ def _value(kind: str, key: str, text: str) -> Any:
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
-    for parent in parents:
+    for depth, parent in enumerate(parents):
+        if depth:  # a stage's settings may be dotted in its file: `run.steps: 3`
+            tree.pop(".".join([*parents[depth:], last]), None)
         if not isinstance(tree.setdefault(parent, {}), dict):
             raise ConfigError(f"'{key}': '{parent}' already has a value of its own")
         tree = tree[parent]

@@ -107,15 +107,22 @@ def _draft(name: str, tree: Any, stages: Mapping[str, Any]) -> _Draft:
 
 
 def _flat(tree: Mapping[str, Any], schema: type[Settings], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted name, however deep they were written; a setting that is a mapping itself stays whole."""
+    """Settings by dotted name, however deep they were written; a setting that is a mapping itself stays whole.
+
+    Raises ConfigError for one that is written both ways.
+    """
     kinds = {key: kind for key, kind, *_ in fields(schema)}
     found: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and value and name not in kinds:
-            found |= _flat(cast(dict[str, Any], value), schema, f"{name}.")
+            inner = _flat(cast(dict[str, Any], value), schema, f"{name}.")
         else:
-            found[name] = None if value == "none" and kinds.get(name, "").endswith(" or none") else value
+            inner = {name: None if value == "none" and kinds.get(name, "").endswith(" or none") else value}
+        if both := sorted(found.keys() & inner.keys()):
+            group, _, last = both[0].rpartition(".")
+            raise ConfigError(f"'{both[0]}' is given twice, as {both[0]}: and as {last}: under {group}: leave one out")
+        found |= inner
     return found
 
 
