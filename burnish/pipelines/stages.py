@@ -109,7 +109,7 @@ def _draft(name: str, tree: Any, stages: Mapping[str, Any]) -> _Draft:
 def _flat(tree: Mapping[str, Any], schema: type[Settings], prefix: str = "") -> dict[str, Any]:
     """Settings by dotted name, however deep they were written; a setting that is a mapping itself stays whole.
 
-    Raises ConfigError for one that is written both ways.
+    Raises ConfigError for one that is given both dotted and in its group.
     """
     kinds = {key: kind for key, kind, *_ in fields(schema)}
     found: dict[str, Any] = {}
@@ -120,8 +120,8 @@ def _flat(tree: Mapping[str, Any], schema: type[Settings], prefix: str = "") -> 
         else:
             inner = {name: None if value == "none" and kinds.get(name, "").endswith(" or none") else value}
         if both := sorted(found.keys() & inner.keys()):
-            group, _, last = both[0].rpartition(".")
-            raise ConfigError(f"'{both[0]}' is given twice, as {both[0]}: and as {last}: under {group}: leave one out")
+            group = both[0].rpartition(".")[0]
+            raise ConfigError(f"'{both[0]}' is given twice, in the group '{group}' and dotted: leave one out")
         found |= inner
     return found
 
@@ -136,6 +136,8 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
             place = place.setdefault(group, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"'{group}' is a group of settings: write {name} beside its others")
+        if last in place:
+            raise ConfigError(f"'{name}' is a group of settings, and some of them are given dotted: leave it out")
         place[last] = value
     return tree
 
@@ -145,7 +147,11 @@ def _share(shared: Mapping[str, Any], drafts: Mapping[str, _Draft]) -> None:
     taken, every, keys = set[str](), set[str](), list[str]()
     for draft in drafts.values():
         keys += (known := [key for key, *_ in fields(draft.schema)])
-        for name, value in _flat(shared, draft.schema).items():
+        try:
+            settings = _flat(shared, draft.schema)
+        except ConfigError as error:
+            raise ConfigError(f"shared: {error}") from None
+        for name, value in settings.items():
             every.add(name)
             if name in known:
                 taken.add(name)

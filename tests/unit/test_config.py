@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from burnish.config import ConfigError, build, fields, missing, parse, to_yaml
+from burnish.config import ConfigError, Settings, build, fields, missing, parse, to_yaml
 from burnish.settings import TrainingSettings, memory_bytes
 
 
@@ -211,3 +211,65 @@ def test_amounts_of_memory_in_bytes():
 def test_a_setting_that_two_words_give_is_refused(later):
     said = f"'optim.lr' is given twice, as optim.lr=0.1 and as optim.lr={later}: leave one out"
     assert message("optim.lr=0.1", "run.steps=2", f"optim.lr={later}") == said
+
+
+@pytest.mark.parametrize(
+    ("words", "both"),
+    [
+        (("model.storage=nf4", "model={path: x, storage: full}"), "model.storage"),
+        (("model={path: x, storage: full}", "model.storage=nf4"), "model.storage"),
+        (("model={path: x}", "model={path: y}"), "model.path"),
+        (("model.storage=nf4", "model=x"), "model"),
+        (("adapter.rank_pattern={q_proj: 4}", "adapter.rank_pattern.k_proj=2"), "adapter.rank_pattern"),
+        (("adapter.rank_pattern.k_proj=2", "adapter={rank_pattern: {q_proj: 4}}"), "adapter.rank_pattern"),
+    ],
+)
+def test_a_setting_that_words_give_alone_and_in_its_group_is_refused(words, both):
+    assert message(*words) == f"'{both}' is given twice, as {words[0]} and as {words[1]}: leave one out"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_group_in_one_word_is_its_settings_and_leaves_the_others_alone(tmp_path, order):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {revision: main}\nadapter: {alpha: 3, rank_pattern: {v_proj: 1}}\n")
+    words = ["model.storage=nf4", "model={path: x}", "adapter={rank: 2, rank_pattern: {q_proj: 4}}"]
+    config = parse(TrainingSettings, [str(path), *words[::order]])
+    assert (config.model.storage, config.model.path, config.model.revision) == ("nf4", "x", "main")
+    assert (config.adapter.rank, config.adapter.alpha) == (2, 3)
+    assert config.adapter.rank_pattern == {"q_proj": 4}  # a setting of its own, which words replace
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("run:\n  steps: 3\n  seed: 1\n  steps: 3\n", "'steps' is given twice, on lines 2 and 4"),
+        ("run: {steps: 3}\n\n'run': {seed: 1}\n", "'run' is given twice, on lines 1 and 3"),
+        ("optim: {lr: 1,\n  clip: 2}\nrun: {seed: 1, steps: 2, seed: 3}\n", "'seed' is given twice, on line 3"),
+        ("data:\n  - a: 1\n    a: 2\n", "'a' is given twice, on lines 2 and 3"),
+    ],
+)
+def test_a_key_that_a_file_gives_twice_is_refused(tmp_path, text, said):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert message(str(path)) == f"{path}: {said}: leave one out"
+
+
+def test_a_mapping_in_a_word_gives_a_key_once():
+    word = "adapter.rank_pattern={q_proj: 4, q_proj: 2}"
+    assert message(word) == f"{word} gives 'q_proj' twice: leave one out"
+
+
+def test_what_yaml_merges_into_a_mapping_may_be_given_again(tmp_path):
+    """The settings are those that YAML's own loader reads, wherever a mapping that merges is itself merged."""
+    path = tmp_path / "merged.yaml"
+    path.write_text(
+        "base: &a {lr: 0.25, clip: 2}\nmore: &b {weight_decay: 0.5}\ndeep: {deeper: &c {<<: *a, lr: 0.5}}\n"
+        "optim:\n  <<: *c\n  <<: *b\n  clip: 3\nlist: {<<: [*a, *b], lr: 1}\nsame: *c\n"
+    )
+    tree = yaml.safe_load(path.read_text())
+    assert tree["optim"] == {"lr": 0.5, "clip": 3, "weight_decay": 0.5}
+
+    class Whatever(Settings, extra="allow"):
+        pass
+
+    assert parse(Whatever, [str(path)]).model_extra == tree

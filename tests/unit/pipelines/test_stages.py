@@ -57,6 +57,28 @@ def test_a_stages_own_settings_count_more_than_shared_ones_and_names_become_fold
     assert "path" not in found["b"].config.model.model_fields_set
 
 
+def test_a_group_and_other_settings_of_it_dotted_go_together(base: Path, tmp_path: Path) -> None:
+    found = stages_of(base, tmp_path, a={"run": {"seed": 5}, "run.steps": 6}, b={"run.steps": 6, "run": {"seed": 5}})
+    assert [(stage.config.run.seed, stage.config.run.steps) for stage in found.values()] == [(5, 6), (5, 6)]
+
+
+@pytest.mark.parametrize("own", [{"run": {"seed": 5}, "run.steps": 6}, {"run.steps": 6, "run": {"seed": 5}}])
+def test_a_word_counts_more_than_the_file_however_that_has_it(base: Path, tmp_path: Path, own: dict[str, Any]) -> None:
+    path = written(tree(base, tmp_path, a=own), tmp_path)
+    stage = read(parse(Config, [str(path), "stages.a.run.steps=7"]))[0]
+    assert (stage.config.run.seed, stage.config.run.steps) == (5, 7)
+
+
+def test_a_stage_that_a_file_has_twice_is_refused(base: Path, tmp_path: Path) -> None:
+    path = written(tree(base, tmp_path, a={}), tmp_path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, "  a: {recipe: dpo}"]))
+    said = f"{path}: 'a' is given twice, on lines {lines.index('  a:') + 1} and {len(lines) + 1}: leave one out"
+    with pytest.raises(ConfigError) as caught:
+        parse(Config, [str(path)])
+    assert str(caught.value) == said
+
+
 def test_a_reward_is_a_stage_too_and_a_path_is_a_path(base: Path, tmp_path: Path) -> None:
     ppo = {"recipe": "ppo", "from": "sft", "reward": {"path": "rm"}, "data.max_length": 128, "rollout.max_tokens": 16}
     stages = {"sft": {}, "rm": {"recipe": "reward", "from": "sft"}, "ppo": ppo, "again": {"from": str(tmp_path)}}
@@ -93,6 +115,15 @@ def test_none_is_a_choice_where_it_is_one_of_several(base: Path, tmp_path: Path)
             {"sft": {}, "x": {"recipe": "ppo", "reward.path": "sft", "rollout.max_tokens": 9}},
             "stage 'x': reward.path=sft is a stage of recipe sft, not reward",
         ),
+        (
+            {"a": {"run": {"steps": 5, "seed": 1}, "run.steps": 6}},
+            "^stage 'a': 'run.steps' is given twice, in the group 'run' and dotted: leave one out$",
+        ),
+        (
+            {"a": {"adapter.rank_pattern": {"q_proj": 1}, "adapter": {"rank_pattern": {"k_proj": 1}}}},
+            "^stage 'a': 'adapter.rank_pattern' is given twice, in the group 'adapter' and dotted: leave one out$",
+        ),
+        ({"a": {"run.steps": 6, "run": {}}}, "^stage 'a': 'run' is a group .* are given dotted: leave it out$"),
         ({"a": {"recipe": None}}, "stage 'a': there is no recipe 'None'"),
         ({"a": {}, "b": {"from": ["a"]}}, "stage 'b': 'from' should be"),
     ],
@@ -116,6 +147,10 @@ def test_mistakes_of_the_file_as_a_whole(base: Path, tmp_path: Path) -> None:
         ),
         ({"stages": {"a": "sft"}}, "stage 'a': it has no recipe: write recipe: .*sft"),
         ({"stages": {}}, "a pipeline has stages: write"),
+        (
+            {"shared": {**pipeline["shared"], "optim.lr": 1}},
+            "^shared: 'optim.lr' is given twice, in the group 'optim' and dotted: leave one out$",
+        ),
         ({"stage": 1}, "unknown key 'stage'; did you mean 'stages'"),
     ]
     for change, message in cases:
