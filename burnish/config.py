@@ -52,7 +52,7 @@ def parse(schema: type[S], words: Sequence[str]) -> S:
     pairs = [word for word in words if "=" in word and not word.startswith("-")]
     for place, word in enumerate(words):
         if word.endswith((".yaml", ".yml")) and word not in pairs:
-            _merge(tree, _read_yaml(Path(word)))
+            _merge(tree, _in_groups(Path(word), _read_yaml(Path(word)), kinds))
         elif word not in pairs:
             hint = _without_dashes(words[place:], list(kinds)) or "--help lists the keys"
             raise ConfigError(f"'{word}' is neither key=value nor a .yaml file; {hint}")
@@ -88,6 +88,17 @@ def fields(schema: type[Settings], prefix: str = "") -> Iterator[tuple[str, str,
         else:
             default = "required" if field.is_required() else _show(field.get_default(call_default_factory=True))
             yield prefix + name, _kind_name(kind), default, field.description or ""
+
+
+def read_value(key: str, text: str) -> Any:
+    """What YAML reads in the value of a setting.
+
+    Raises ConfigError where it gives one of its own keys twice, yaml.YAMLError where it cannot be read.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except _Twice as error:
+        raise ConfigError(f"{key}={text} gives '{error.key}' twice: leave one out") from None
 
 
 class _Twice(yaml.YAMLError):
@@ -131,6 +142,23 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _in_groups(path: Path, tree: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
+    """A file's settings in their groups, those too that it names dotted, as in `run.steps: 6`."""
+    dotted = [key for key in tree if key in kinds and "." in key]
+    found = {key: value for key, value in tree.items() if key not in dotted}
+    for key in dotted:
+        group, (*parents, last) = found, key.split(".")
+        for parent in parents:
+            if not isinstance(group.get(parent, {}), dict):
+                raise ConfigError(f"{path}: '{key}': '{parent}' already has a value of its own")
+            group[parent] = dict(group.get(parent, {}))  # a copy: an anchor may stand for it elsewhere
+            group = group[parent]
+        if last in group:
+            raise ConfigError(f"{path}: '{key}' is given twice, in its group and dotted: leave one out")
+        group[last] = tree[key]
+    return found
+
+
 def _read_words(words: Sequence[str], kinds: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
     """The settings that key=value words give, by dotted key. Raises ConfigError where two words give the same one."""
     given: dict[str, str] = {}
@@ -166,9 +194,7 @@ def _value(kind: str, key: str, text: str) -> Any:
     if kind.startswith("tuple") and not listed:
         return [] if text in ("", "none") else text.split(",")
     try:
-        return yaml.load(text, _Loader) if text.strip() else text
-    except _Twice as error:
-        raise ConfigError(f"{key}={text} gives '{error.key}' twice: leave one out") from None
+        return read_value(key, text) if text.strip() else text
     except yaml.YAMLError:
         if listed:
             raise ConfigError(f"'{key}' looks like a list that YAML cannot read: put its items in quotes") from None

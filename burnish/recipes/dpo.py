@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from burnish.config import nearest_name
+from burnish.config import nearest_name, read_value
 from burnish.data.comparing import ComparisonStream
 from burnish.data.comparisons import Comparisons
 from burnish.data.preferences import PreparedPreferences, prepare_preferences
@@ -83,7 +83,7 @@ class Config(TrainingSettings):
         """A word of the command line may hold a mapping; every name is one of LOSSES."""
         if isinstance(given, str) and given.startswith("{"):
             try:
-                given = yaml.safe_load(given)
+                given = read_value("loss", given)
             except yaml.YAMLError:
                 raise ValueError(f"loss={given} cannot be read: write loss='{{sigmoid: 1, sft: 0.1}}'") from None
         for name in given if isinstance(given, Mapping) else [given]:

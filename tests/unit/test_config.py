@@ -254,6 +254,27 @@ def test_a_key_that_a_file_gives_twice_is_refused(tmp_path, text, said):
     assert message(str(path)) == f"{path}: {said}: leave one out"
 
 
+def test_a_file_may_name_settings_dotted_and_words_count_more(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("optim: {clip: 2}\nrun.steps: 7\noptim.lr: 0.5\nrun: {seed: 3}\nmodel.path: x\n")
+    config = parse(TrainingSettings, [str(path), "run.steps=8"])
+    assert (config.optim.clip, config.optim.lr, config.run.steps, config.run.seed) == (2, 0.5, 8, 3)
+    assert config.model.path == "x"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("run: {steps: 6}\nrun.steps: 7\n", "'run.steps' is given twice, in its group and dotted: leave one out"),
+        ("run.steps: 7\nrun: 3\n", "'run.steps': 'run' already has a value of its own"),
+    ],
+)
+def test_a_setting_that_a_file_gives_dotted_and_in_its_group_is_refused(tmp_path, text, said):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert message(str(path)) == f"{path}: {said}"
+
+
 def test_a_mapping_in_a_word_gives_a_key_once():
     word = "adapter.rank_pattern={q_proj: 4, q_proj: 2}"
     assert message(word) == f"{word} gives 'q_proj' twice: leave one out"

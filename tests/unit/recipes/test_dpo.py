@@ -358,6 +358,7 @@ def test_a_setting_that_a_loss_does_not_read_is_refused_with_it(name, option, va
         ("loss=sigmod", "loss=sigmod is not known; did you mean 'sigmoid'?"),
         ("loss={sigmoid: 1, kto: 1}", "write loss=kto alone"),
         ("loss={sigmoid: 1, stf: 1}", "did you mean 'sft'?"),
+        ("loss={sigmoid: 1, sigmoid: 2}", "gives 'sigmoid' twice: leave one out"),
         ("loss={sigmoid: 0}", "one is above 0"),
         ("loss={sigmoid: -1, sft: 2}", "not negative"),
         ("loss={sigmoid: 1", "cannot be read"),
