@@ -117,9 +117,10 @@ class Planner:
     def smaller(self) -> Plan | None:
         """A plan for the room that there really is, and less than the decoder's takes; None where there is none."""
         sizes, before = self.sizes(), self.decoder.plan
-        room = min(self.room(), round(peak_bytes(before, sizes) * LESS))
-        found = make_plan(sizes, self._num_blocks, room, host_bytes(self.device))
-        found = found or leanest(sizes, self._num_blocks, host_bytes(self.device))
+        held = self.held()
+        room = min(room_for(self.run.memory, held, self.device), round(peak_bytes(before, sizes) * LESS))
+        host_room = max(0, host_bytes(self.device) - held.lent)
+        found = make_plan(sizes, self._num_blocks, room, host_room) or leanest(sizes, self._num_blocks, host_room)
         return found if peak_bytes(found, sizes) < peak_bytes(before, sizes) else None
 
     def room(self) -> int:

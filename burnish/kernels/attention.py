@@ -115,7 +115,7 @@ _LOG2_E = 1.4426950408889634
 
 
 def _chosen(launches: dict[int, Launch], width: int) -> tuple[int, Launch]:
-    pad = max(16, 1 << (width - 1).bit_length())
+    pad = max(16, 1 << (width - 1).bit_length())  # below 64 in tests alone
     return pad, launches[max(64, pad)]
 
 

@@ -180,7 +180,7 @@ class Graphs:
                 step //= FINER
             more = _up(tokens, step) - tokens
             # By powers of four from that of the padding on: the kernels' programs beyond a sequence's end do nothing.
-            # Blocks are as many for any lengths.
+            # Blocks are as many for any lengths: of the longest only `host_bound` knows there.
             bound, more_keys = _power_of_two(tokens + more) if by_blocks else step, 0
             if keys > 0:
                 step = _step(keys + more)

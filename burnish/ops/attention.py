@@ -9,13 +9,13 @@ keys and values are copied from there (`ops/keys.py`), and what all readers of a
 kernel aligns the last query with the last key, as FlashAttention's causal mask does since 2.1; padded rows are as long
 as the whole sequence, and their queries at the prefix, which nobody reads, stay 0.
 
-`attention_forward` and `attention_backward` are the same without autograd, and use cuDNN's kernels on Hopper, which
-need 0.6 of FlashAttention 2's time there. cuDNN makes a plan for every shape, which takes 170 ms: only sequences of one
-length go to it, a multiple of 64, so that shapes are few. Its ragged form is left alone: PyTorch 2.11 makes the plan
-anew at every call (pytorch/pytorch#191576), and the backward pass reads beyond its memory (pytorch/pytorch#186142).
-All other batches go to kernels of our own there (`kernels/attention.py`), which need 0.67 of FlashAttention 2's time
-for heads of 128 channels, read the prompts that sequences share where they stand, and add up in one order; heads of
-less than 64 channels, or between 128 and 256, stay with FlashAttention 2.
+`attention_forward` and `attention_backward` are the same without autograd, and use cuDNN's kernels from Hopper on,
+which need 0.6 of FlashAttention 2's time there. cuDNN makes a plan for every shape, which takes 170 ms: only sequences
+of one length go to it, a multiple of 64, so that shapes are few. Its ragged form is left alone: PyTorch 2.11 makes the
+plan anew at every call (pytorch/pytorch#191576), and the backward pass reads beyond its memory
+(pytorch/pytorch#186142). On Hopper all other batches go to our own kernels (`kernels/attention.py`), which need 0.67
+of FlashAttention 2's time for heads of 128 channels, read the prompts that sequences share where they stand, and add
+up in one order; heads of less than 64 channels, or between 128 and 256, stay with FlashAttention 2.
 """
 
 import functools

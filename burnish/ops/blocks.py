@@ -16,7 +16,8 @@ from torch import Tensor
 
 from burnish.types import Batch
 
-ROWS, VISIT = 128, 64
+BLOCK_ROWS, VISIT_ROWS = 128, 64
+"""The most rows of a block, which programs may share, and of a visit, which one program meets at a time."""
 
 
 class Tables(NamedTuple):
@@ -133,7 +134,7 @@ def backward_by_blocks(
 
 
 def _listed(starts: Tensor, num_tokens: int, prefixes: Tensor | None) -> Tables:
-    number, first, exists = _divided(starts.diff(), ROWS, num_tokens)
+    number, first, exists = _divided(starts.diff(), BLOCK_ROWS, num_tokens)
     start, end, summed = starts[number], starts[number + 1], _summed(starts)[number]
     first = torch.where(exists, start + first, 0)
     end = torch.where(exists, end, 0)
@@ -157,7 +158,7 @@ def _listed(starts: Tensor, num_tokens: int, prefixes: Tensor | None) -> Tables:
     queries = _sorted(queries, torch.where(exists, work_of_queries, -1))
     keys = _sorted(keys, torch.where(exists, work_of_keys, -1))
     num_sums = ((num_tokens + 3) // 4 + len(starts) - 1) * 4
-    return Tables(queries, keys, visits, num_sums, ROWS, VISIT)
+    return Tables(queries, keys, visits, num_sums, BLOCK_ROWS, VISIT_ROWS)
 
 
 def _summed(starts: Tensor) -> Tensor:
@@ -182,12 +183,12 @@ def _readers(starts: Tensor, num_tokens: int, prefixes: Tensor) -> _Readers:
     owner = torch.where(length > 0, owner, len(starts) - 1)
     key, order = (owner * (num_tokens + 1) + num_tokens - first - length).sort(stable=True)
     tokens = torch.where(length > 0, starts.diff(), 0)[order]
-    visits = (tokens + VISIT - 1) // VISIT
+    visits = (tokens + VISIT_ROWS - 1) // VISIT_ROWS
     return _Readers(order, key, *(F.pad(x.cumsum(0), (1, 0)) for x in (visits, tokens)))
 
 
 def _visits(starts: Tensor, num_tokens: int, prefixes: Tensor, readers: _Readers) -> Tensor:
-    number, row, exists = _divided(readers.tokens.diff(), VISIT, num_tokens)
+    number, row, exists = _divided(readers.tokens.diff(), VISIT_ROWS, num_tokens)
     number = readers.order[number]
     start, (first, length) = starts[number], prefixes[number].unbind(1)
     columns = (start + row, starts[number + 1], first + length - start, first + length, _summed(starts)[number])

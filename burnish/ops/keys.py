@@ -2,7 +2,8 @@
 
 A token's key and value are copied to the place of each sequence that reads it, and on the way back the gradients of all
 copies are added up in one order, the same each time: additions that race for their turn, as those of `index_add` do
-on a GPU, would make other numbers of the same step.
+on a GPU, would make other numbers of the same step. Our own attention kernels on Hopper read prompts where they stand
+and need none of this (`ops/blocks.py`).
 """
 
 from typing import NamedTuple

@@ -45,8 +45,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 32 rows and visits of 16; a program has half a block of keys."""
-    monkeypatch.setattr(tables, "ROWS", 32)
-    monkeypatch.setattr(tables, "VISIT", 16)
+    monkeypatch.setattr(tables, "BLOCK_ROWS", 32)
+    monkeypatch.setattr(tables, "VISIT_ROWS", 16)
     launches = {"FORWARD": Launch(32, 16, 1, 4), "QUERIES": Launch(32, 32, 1, 4), "KEYS": Launch(16, 16, 1, 4)}
     for name, launch in launches.items():
         monkeypatch.setattr(kernels, name, {64: launch})

@@ -426,3 +426,26 @@ def test_decoded_weights_go_first(tmp_path: Path) -> None:
     assert decoder.plan.dense_blocks == 0
     assert decoder.plan.kept == keep_everything(blocks).kept
     assert sum(sum(tensor.nbytes for tensor in joint.held) for joint in joints) < sum(held) / 10
+
+
+@pytest.mark.usefixtures("paging")
+def test_a_smaller_plan_leaves_the_host_what_states_are_still_to_take_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = opened(tmp_path, memory="least")
+    planned = run[0].planner
+    assert isinstance(planned, Planner)
+    run[0].plan = keep_everything(len(run[0].config.layers))
+    lent = planned.held().lent
+    assert lent > 0
+    rooms = list[int]()
+
+    def asked(sizes, num_blocks, room, host_room) -> Plan | None:
+        rooms.append(host_room)
+        return make_plan(sizes, num_blocks, room, host_room)
+
+    monkeypatch.setattr(planner, "make_plan", asked)
+    for host in (lent // 2, lent, lent + 7):
+        monkeypatch.setattr(planner, "host_bytes", lambda device, found=host: found)
+        assert planned.smaller() is not None
+    assert rooms == [0, 0, 7]

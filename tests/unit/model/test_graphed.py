@@ -17,7 +17,7 @@ from burnish.model.decoder import Decoder
 from burnish.model.graphed import Graphs, host_bound
 from burnish.model.shelf import NAMES, Plan, keep_everything, keep_inputs
 from burnish.ops import attention
-from burnish.ops.blocks import ROWS, Blocks
+from burnish.ops.blocks import BLOCK_ROWS, Blocks
 from burnish.types import Batch
 from tests.tiny import Groups, tiny_batch, tiny_folder, tiny_shared_batch
 
@@ -99,7 +99,7 @@ def by_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float, win
     """Attention that knows sequences by the blocks of queries alone, as our own kernels do; rows in no block stay 0."""
     seen, row = torch.zeros(len(q), len(q), dtype=torch.bool), torch.arange(len(q))
     for first, end, start, prefix_start, prefix, _ in blocks.tables().queries.tolist():
-        for reader in range(first, min(end, first + ROWS)):
+        for reader in range(first, min(end, first + BLOCK_ROWS)):
             own, before = (row >= start) & (row <= reader), (row >= prefix_start) & (row < prefix_start + prefix)
             seen[reader] = own | before
     assert window is None
