@@ -71,4 +71,10 @@ def write_words(folder: Path, shape: dict[str, object], ends: bool) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in SHAPES:
+        print(
+            f"usage: python -m benchmarks.checkpoints SHAPE FOLDER\nSHAPE is one of {', '.join(SHAPES)}",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     main(sys.argv[1], Path(sys.argv[2]))

@@ -5,6 +5,7 @@ python -m benchmarks.compare [new=FILE] [results=benchmarks/results.csv]
 New are the rows of `new=`, or else those of the commit that stands last in `results`: the last of each work is held
 against the last one recorded before it. Exits with 1 where Burnish became slower, needs more memory, finds less room
 for the longest sequence or no longer fits; peers, reserved memory and the first step are told, but decide nothing.
+Trials on a CPU are left out.
 """
 
 import csv
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.rows import RESULTS, read_words
+from benchmarks.rows import RESULTS, measured, read_words
 
 WORDS = {"new": "", "results": str(RESULTS)}
 WORK = ("benchmark", "system", "device", "shape", "storage", "adapter", "rank", "checkpointing", "settings")
@@ -25,8 +26,8 @@ Row = Mapping[str, str]
 
 def main(asked: Mapping[str, str]) -> None:
     """Prints what moved, and exits with 1 when something became worse."""
-    new = read_rows(Path(asked["new"])) if asked["new"] else None
-    pairs = pairs_of(read_rows(Path(asked["results"])), new)
+    new = measured(read_rows(Path(asked["new"]))) if asked["new"] else None
+    pairs = pairs_of(measured(read_rows(Path(asked["results"]))), new)
     compared = [(before, after) for before, after in pairs if before]
     if not compared:
         print(f"none of the {len(pairs)} new rows was measured before on this device")

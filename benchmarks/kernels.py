@@ -44,28 +44,30 @@ Case = tuple[str, Call, int]
 
 
 def main(asked: Mapping[str, str]) -> None:
-    """Measures what is asked for, prints a table and adds its rows to results.csv."""
+    """Measures what is asked for, adds its rows to results.csv as they come, and prints a table of them."""
     device = here()
     if device.type != "cuda":
         raise ValueError("kernels are measured on a CUDA device, and there is none: run it where torch sees one")
     kinds = (memory_readings, product_readings, attention_readings)
-    readings = [reading for kind in kinds for reading in kind(device, asked["only"])]
-    print(f"\n{'name':40} {'ms':>9} {'rate':>14}  share")
-    for one in readings:
-        print(f"{one.name:40} {1000 * one.seconds:9.4f} {one.rate:>14}  {one.share}")
-    for one in readings:
-        about = {"commit": asked["commit"] or current_commit(), "device": device_name(device)}
-        about |= {"torch": torch.__version__, "benchmark": "kernels", "system": "burnish"}
+    about = {"commit": asked["commit"] or current_commit(), "device": device_name(device)}
+    about |= {"torch": torch.__version__, "benchmark": "kernels", "system": "burnish"}
+    readings: list[Reading] = []
+    for one in (reading for kind in kinds for reading in kind(device, asked["only"])):
+        readings.append(one)
         note = ", ".join(filter(None, (one.rate, one.share, asked["note"])))
         row = about | {"step_seconds": f"{one.seconds:.6f}", "note": note, "settings": f"name={one.name}"}
         write_row(row, Path(asked["results"]) if asked["results"] else None)
+    print(f"\n{'name':40} {'ms':>9} {'rate':>14}  share")
+    for one in readings:
+        print(f"{one.name:40} {1000 * one.seconds:9.4f} {one.rate:>14}  {one.share}")
 
 
 def memory_readings(device: torch.device, only: str) -> Iterator[Reading]:
     """What the cases move, beside a copy."""
     (name, call, size), *_ = copies(device)
     copied = size / seconds(call, burst(size))
-    yield Reading(name, size / copied, f"{copied / 1e9:.0f} GB/s", "1.000 of copy")
+    if only in name:
+        yield Reading(name, size / copied, f"{copied / 1e9:.0f} GB/s", "1.000 of copy")
     for name, call, size in cases(device):
         taken = attempt(name, call, burst(size)) if only in name else None
         if taken is not None:
@@ -81,10 +83,12 @@ def product_readings(device: torch.device, only: str) -> Iterator[Reading]:
             continue
         work, bf16 = 2 * TOKENS * outputs * inputs, None
         for name, kind in zip(names, KINDS.values(), strict=True):
-            taken = attempt(name, kind(device, outputs, inputs), 4) if only in name or bf16 is None else None
-            bf16 = bf16 or taken  # the first
-            if taken is not None and bf16 is not None:
-                yield Reading(name, taken, f"{work / taken / 1e12:.0f} TFLOP/s", f"{bf16 / taken:.3f} of bf16")
+            first = name == names[0]
+            taken = attempt(name, kind(device, outputs, inputs), 4) if only in name or first else None
+            bf16 = taken if first else bf16
+            if taken is not None and only in name:
+                share = f"{bf16 / taken:.3f} of bf16" if bf16 is not None else ""
+                yield Reading(name, taken, f"{work / taken / 1e12:.0f} TFLOP/s", share)
 
 
 def cases(device: torch.device) -> Iterator[Case]:

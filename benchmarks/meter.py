@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.rows import CPU
+
 
 class Meter:
     """Times the steps of a turn, the device synchronised at both ends of each, and the peak of its memory.
@@ -76,7 +78,7 @@ def here() -> torch.device:
 
 def device_name(device: torch.device) -> str:
     """The name that a row gives the device."""
-    return torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    return torch.cuda.get_device_name() if device.type == "cuda" else CPU
 
 
 def device_gib() -> float:

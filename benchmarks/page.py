@@ -4,14 +4,15 @@ Tables stand between the lines `<!-- figures -->` and `<!-- end of figures -->`;
 """
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.chart import NAMES, Dot, Limit, scatter
-from benchmarks.compare import read_rows
+from benchmarks.compare import MARGIN, read_rows
 from benchmarks.memory_rows import ROWS
-from benchmarks.rows import RESULTS
+from benchmarks.rows import RESULTS, measured
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
@@ -24,8 +25,9 @@ TITLES = {
     ("sft", "nf4", "alpaca"): "QLoRA on ragged rows",
     ("dpo", "nf4", ""): "DPO with QLoRA",
 }
-ATTENTION = "attention "
-"""How the names of its rows begin."""
+ATTENTION, BACKWARD = "attention ", "backward "
+"""How the names of its rows begin, and go on."""
+MISSING = "\N{EN DASH}"
 COMPUTE_BF16, COMPUTE_FP8 = 790e12, 1400e12
 TOKEN, BLOCKS = 28.55e9, 25.90e9
 """FLOP of a token with LoRA on the Llama-2-7B shape, rows of 2,048 tokens, nothing computed twice; those of the blocks'
@@ -50,8 +52,10 @@ class Work(NamedTuple):
     device: str
 
 
-def main() -> None:
+def main(words: Sequence[str]) -> None:
     """Writes the tables and the picture."""
+    if words:
+        raise ValueError(f"{words[0]} is not known: nothing can be asked for")
     rows = read_rows(RESULTS)
     page = DOCS / "performance.md"
     page.write_text(filled(page.read_text(encoding="utf-8"), rows), encoding="utf-8")
@@ -62,7 +66,11 @@ def filled(page: str, rows: Sequence[Row]) -> str:
     """The page with the tables of these rows."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    tables = [*(table(work, run) for work, run in runs(rows)), memory(rows), attention(rows), kernels(rows)]
+    rows = measured(rows)
+    devices = dict.fromkeys(row["device"] for row in rows)
+    of_each = [[row for row in rows if row["device"] == device] for device in devices]
+    tables = [table(work, run) for work, run in runs(rows)]
+    tables += [kind(own) for kind in (memory, attention, kernels) for own in of_each]
     text = "\n\n".join("\n".join(lines) for lines in tables if lines)
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
@@ -129,26 +137,30 @@ def table(work: Work, run: Sequence[Row]) -> list[str]:
     order = [*NAMES]
     for row in sorted(run, key=lambda row: (side_of(row), order.index(row["system"]))):
         rate = row["samples_per_second"] if work.benchmark == "dpo" else f"{int(row['tokens_per_second']):,}"
-        rounds = str(len(re.findall(r"[\d.]+", row["note"].partition(";")[0])))
         memory_of_row = [row["peak_allocated_gib"], row["peak_reserved_gib"]]
         system = NAMES[row["system"]] + ("" if row["commit"] == last["commit"] else f" ({row['commit']})")
-        cells = [system, told_of(row), rate, rounds, *memory_of_row]
+        cells = [system, told_of(row), rate, rounds_of(row), *memory_of_row]
         lines.append(f"| {' | '.join([*cells, row['compile_seconds'], beside(row, run)])} |")
     return lines
 
 
+def rounds_of(row: Row) -> str:
+    """How often a row was measured; where that came to different speeds, from which to which."""
+    speeds = sorted(re.findall(r"\d+(?:\.\d+)?", row["note"].partition(";")[0]), key=float)
+    if not speeds or float(speeds[-1]) <= (1 + MARGIN) * float(speeds[0]):
+        return str(len(speeds))
+    least, most = (f"{int(speed):,}" if speed.isdecimal() else speed for speed in (speeds[0], speeds[-1]))
+    return f"{len(speeds)} ({least} to {most})"
+
+
 def memory(rows: Sequence[Row]) -> list[str]:
-    """The last figures of each row of memory and cap, on the device of the last of them."""
-    measured = [row for row in rows if row["benchmark"] == "memory"]
-    if not measured:
+    """The last figures of each row of memory and cap; all rows are of one device."""
+    latest = {(words_of(row)["row"], words_of(row)["cap"]): row for row in rows if row["benchmark"] == "memory"}
+    if not latest:
         return []
-    device, order = measured[-1]["device"], [*ROWS]
-    latest: dict[tuple[str, str], Row] = {}
-    for row in measured:
-        if row["device"] == device:
-            latest[words_of(row)["row"], words_of(row)["cap"]] = row
+    order = [*ROWS]
     lines = [
-        f"### Memory: {device}",
+        f"### Memory: {rows[0]['device']}",
         "",
         "| what | promised elsewhere | target | GiB allocated | reserved | host | tokens/s | cap | how | commit |",
         "| --- | --- | --- | ---: | ---: | --- | ---: | --- | --- | --- |",
@@ -174,12 +186,12 @@ def how_of(row: Row) -> str:
 
 
 def kernels(rows: Sequence[Row]) -> list[str]:
-    """The last figures of each kernel and product, on the device of the last of them."""
-    latest = {name: row for name, row in _named(rows).items() if not name.startswith(ATTENTION)}
-    if not latest:
+    """The last figures of each kernel and product; all rows are of one device. A copy alone says nothing."""
+    latest = {name: row for row in rows if (name := name_of(row)) and not name.startswith(ATTENTION)}
+    if not latest.keys() - {"copy"}:
         return []
     lines = [
-        f"### Kernels and products: {_device(latest)}",
+        f"### Kernels and products: {rows[0]['device']}",
         "",
         "| name | ms | | commit |",
         "| --- | ---: | --- | --- |",
@@ -190,31 +202,40 @@ def kernels(rows: Sequence[Row]) -> list[str]:
 
 
 def attention(rows: Sequence[Row]) -> list[str]:
-    """The last milliseconds of attention over packed sequences, a line for each batch and a column for each way."""
-    latest = {name: row for name, row in _named(rows).items() if name.startswith(ATTENTION)}
-    if not latest:
+    """The last milliseconds of attention over packed sequences, a line for each batch and a column for each way.
+
+    All rows are of one device. What is missing of a pair is a dash; a line not of the heading's commit names its own.
+    """
+    found: dict[str, dict[str, dict[bool, Row]]] = {}
+    last: Row | None = None
+    for row in rows:
+        if name_of(row).startswith(ATTENTION):
+            title, _, way = name_of(row).removeprefix(ATTENTION).rpartition(", ")
+            pair = found.setdefault(title.removeprefix(BACKWARD), {}).setdefault(way, {})
+            pair[title.startswith(BACKWARD)] = last = row
+    if last is None:
         return []
-    found: dict[str, dict[str, str]] = {}
-    for name, row in latest.items():
-        title, _, way = name.removeprefix(ATTENTION).rpartition(", ")
-        milliseconds = f"{1000 * float(row['step_seconds']):.3f}"
-        line = found.setdefault(title.removeprefix("backward "), {})
-        line[way] = f"{line[way]} + {milliseconds}" if way in line else milliseconds
     ways = list(dict.fromkeys(way for line in found.values() for way in line))
-    last = [*latest.values()][-1]
-    lines = [f"### Attention over packed sequences, forward + backward, ms: {_device(latest)}", ""]
+    lines = [f"### Attention over packed sequences, forward + backward, ms: {last['device']}", ""]
     lines += [f"{last['date']}, commit {last['commit']}, PyTorch {last['torch']}.", ""]
     lines += [f"| sequences | {' | '.join(ways)} |", f"| --- |{' ---: |' * len(ways)}"]
-    return lines + [f"| {title} | {' | '.join(line.get(way, '') for way in ways)} |" for title, line in found.items()]
+    for title, line in found.items():
+        commits = dict.fromkeys(row["commit"] for pair in line.values() for row in pair.values())
+        of = "" if [*commits] == [last["commit"]] else f" ({', '.join(commits)})"
+        lines.append(f"| {title}{of} | {' | '.join(_pair(line.get(way, {})) for way in ways)} |")
+    return lines
 
 
-def _named(rows: Sequence[Row]) -> dict[str, Row]:
-    measured = [row for row in rows if row["benchmark"] == "kernels"]
-    return {row["settings"].removeprefix("name="): row for row in measured if row["device"] == measured[-1]["device"]}
+def _pair(pair: Mapping[bool, Row]) -> str:
+    """Milliseconds forward and backward, of what was measured."""
+    found = (pair.get(backward) for backward in (False, True))
+    told = (MISSING if row is None else f"{1000 * float(row['step_seconds']):.3f}" for row in found)
+    return " + ".join(told) if pair else ""
 
 
-def _device(latest: Mapping[str, Row]) -> str:
-    return next(iter(latest.values()))["device"]
+def name_of(row: Row) -> str:
+    """The name of a kernel's row; empty: the row is another benchmark's."""
+    return row["settings"].removeprefix("name=") if row["benchmark"] == "kernels" else ""
 
 
 def side_of(row: Row) -> str:
@@ -233,16 +254,15 @@ def told_of(row: Row) -> str:
 
 
 def beside(row: Row, run: Sequence[Row]) -> str:
-    """Burnish's speed over that of each peer's fastest setting of the same side, in the same run."""
+    """Burnish's speed over that of each peer's fastest setting of the same side, where that is of the same run."""
     if row["system"] != "burnish":
         return ""
     parts: list[str] = []
     for system, name in NAMES.items():
-        same = [other for other in run if other["commit"] == row["commit"] and side_of(other) == side_of(row)]
-        others = [other for other in same if other["system"] == system != "burnish"]
-        if others:
-            fastest = max(float(other["tokens_per_second"]) for other in others)
-            parts.append(f"{float(row['tokens_per_second']) / fastest:.2f}x {name}")
+        others = [other for other in run if other["system"] == system != "burnish" and side_of(other) == side_of(row)]
+        fastest = max(others, key=lambda other: float(other["tokens_per_second"]), default=None)
+        if fastest is not None and fastest["commit"] == row["commit"]:
+            parts.append(f"{float(row['tokens_per_second']) / float(fastest['tokens_per_second']):.2f}x {name}")
     return ", ".join(parts)
 
 
@@ -250,7 +270,7 @@ def picture(rows: Sequence[Row]) -> str:
     """Speed against memory on the Llama-2-7B shape, rows of 2,048 tokens, on the device of the last run."""
     chosen = [
         (work, run)
-        for work, run in runs(rows)
+        for work, run in runs(measured(rows))
         if (work.benchmark, work.shape) == ("sft", "llama-2-7b")
         and work.storage in ("nf4", "bf16")
         and "alpaca" not in work.words
@@ -284,4 +304,7 @@ def label_of(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"benchmarks/page.py: {error}")

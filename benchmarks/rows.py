@@ -3,7 +3,7 @@
 import csv
 import difflib
 import subprocess
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -34,6 +34,9 @@ COLUMNS = [
 ]
 """New ones come at the end: rows of earlier days stay as they are. A sample is a pair of DPO, an answer of PPO."""
 
+CPU = "CPU"
+"""The device of a trial, which measures nothing."""
+
 PLACES: Mapping[str, str] = {
     "scratch": "/dev/shm/burnish-peers",
     "logs": "",
@@ -49,14 +52,17 @@ def read_words(
     words: list[str], known: Mapping[str, str], choices: Mapping[str, Collection[str]], numbers: Collection[str]
 ) -> dict[str, str]:
     """Every known word with the value that is asked for. Raises ValueError naming the word that is wrong."""
-    asked = dict(known)
+    given: dict[str, str] = {}
     for word in words:
         key, _, value = word.partition("=")
         if key not in known or "=" not in word:
             nearest = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {nearest[0]}=...?" if nearest else f"known are {', '.join(known)}"
             raise ValueError(f"{word} is not known: {hint}")
-        asked[key] = value
+        if key in given:
+            raise ValueError(f"'{key}' is given twice: leave one out")
+        given[key] = value
+    asked = {**known, **given}
     for key, allowed in choices.items():
         if asked[key] not in allowed:
             raise ValueError(f"{key}={asked[key]} is not known: write one of {', '.join(allowed)}")
@@ -75,10 +81,18 @@ def current_commit() -> str:
         return ""
 
 
+def measured(rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """The rows without those of trials."""
+    return [row for row in rows if row["device"] != CPU]
+
+
 def write_row(row: Mapping[str, object], results: Path | None = None) -> None:
-    """Print the row, with today's date, and append it to results.csv."""
+    """Print the row, with today's date, and append it to results.csv; that of a trial only to a file that is named."""
     dated = {"date": datetime.now(UTC).date().isoformat(), **row}
     print(" ".join(f"{key}={value}" for key, value in dated.items()), flush=True)
+    if results is None and row.get("device") == CPU:
+        print("a trial on a CPU: the row is not kept; results=FILE keeps it", flush=True)
+        return
     path = results or RESULTS
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:

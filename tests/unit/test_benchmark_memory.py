@@ -272,4 +272,6 @@ def test_the_page_has_a_line_for_each_row_and_cap() -> None:
     ]
     assert {line.count("|") for line in lines[2:]} == {11}
     assert page.memory([]) == []
-    assert page.memory([*rows, row_of("full", "20GiB", "9000", device="NVIDIA H200")])[0].endswith("H200")
+    text = page.filled(page.BEGIN + page.END, [*rows, row_of("full", "20GiB", "9000", device="NVIDIA H200")])
+    assert "\n".join(lines) in text
+    assert "### Memory: NVIDIA H200" in text

@@ -1,18 +1,17 @@
 """What the benchmarks can be asked for, that the work is what they say, and that a comparison survives its systems."""
 
-import csv
 import itertools
 import json
+import runpy
 import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from benchmarks import chart, checkpoints, compare, dpo, page, ppo, sft
+from benchmarks import checkpoints, dpo, ppo, sampler, sft
 from benchmarks.contest import Entry, contest, open_peer, peers_missing, row_of
 from benchmarks.meter import Meter
 from benchmarks.models import ALPHA, RANK
@@ -20,7 +19,6 @@ from benchmarks.peers import dpo as peer_dpo
 from benchmarks.peers import fetch, varlen
 from benchmarks.peers import ppo as peer_ppo
 from benchmarks.peers import sft as peer_sft
-from benchmarks.rows import COLUMNS, RESULTS, write_row
 from benchmarks.rows import read_words as read
 from benchmarks.shapes import SHAPES
 from benchmarks.turns import Clock, Failed, Worker
@@ -60,29 +58,19 @@ while (request := listen()) is not None:
         ("sides=fast,slow", "^sides=fast,slow is not known: write one or more of fast,lean$"),
         ("memory=24", "^run.memory=24 is no amount: write auto, least, or an amount such as 24GB or 22.5GiB$"),
         ("length=-1", "^length=-1 must be a whole number above 0$"),
+        ("rounds=2", "^'rounds' is given twice: leave one out$"),
         ("sequences=0", "^sequences=0 must be a whole number above 0$"),
     ],
 )
 def test_a_word_that_is_not_known_is_named_with_the_nearest(word: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        sft.read_words(["shape=llama-2-7b", word])
+        sft.read_words(["rounds=2", word])
 
 
 def test_words_are_read_and_the_others_have_their_defaults() -> None:
     asked = sft.read_words(["storage=bf16", "length=512", "note=a=b c"])
     assert asked == sft.WORDS | {"storage": "bf16", "length": "512", "note": "a=b c"}
     assert sft.read_words([]) == sft.WORDS
-
-
-def test_every_row_of_the_results_has_every_column(tmp_path: Path) -> None:
-    with RESULTS.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.reader(file))
-    assert lines[0] == COLUMNS
-    assert {len(line) for line in lines} == {len(COLUMNS)}
-    write_row({"benchmark": "dpo", "versions": "one 1.0, two"}, tmp_path / "rows.csv")
-    with (tmp_path / "rows.csv").open(newline="", encoding="utf-8") as file:
-        (row,) = csv.DictReader(file)
-    assert (row["benchmark"], row["versions"], row["shape"]) == ("dpo", "one 1.0, two", "")
 
 
 def entry(worker: str, **request: object) -> Entry:
@@ -344,6 +332,13 @@ def test_trl_is_asked_for_the_same_answers() -> None:
     assert (given.micro, given.warm_up, given.timed) == (4, ppo.WARM_UP, ppo.TIMED)
 
 
+def test_tiny_has_positions_for_what_is_asked_for_where_nothing_else_is() -> None:
+    positions = int(SHAPES["tiny"]["max_position_embeddings"])
+    for words in (ppo.WORDS, sampler.WORDS, dpo.WORDS):
+        assert int(words["prompt"]) + int(words["answer"]) <= positions
+    assert int(sft.WORDS["length"]) <= positions
+
+
 @pytest.mark.parametrize("storage", ["nf4", "bf16"])
 def test_the_recipe_of_ppo_can_be_measured(tmp_path: Path, capsys, storage: str) -> None:
     words = ["shape=tiny", "prompts=3", "prompt=16", "answer=8"]
@@ -356,6 +351,15 @@ def test_the_recipe_of_ppo_can_be_measured(tmp_path: Path, capsys, storage: str)
     assert sum(reading["phases"].values()) <= sum(reading["seconds"])
     # Without an end token every answer has the length that was asked for.
     assert capsys.readouterr().out.count("ended 0%") == ppo.WARM_UP + ppo.TIMED
+
+
+@pytest.mark.parametrize("words", [[], ["tiny"], ["tyni", "folder"], ["tiny", "folder", "more"]], ids=" ".join)
+def test_checkpoints_say_what_they_are_asked_for(monkeypatch: pytest.MonkeyPatch, capsys, words: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["checkpoints.py", *words])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(checkpoints.__file__, run_name="__main__")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: python -m benchmarks.checkpoints SHAPE FOLDER\n")
 
 
 def test_the_checkpoints_are_those_of_other_libraries(tmp_path: Path) -> None:
@@ -381,168 +385,3 @@ def test_a_reading_divides_updates_into_phases() -> None:
     reading = ppo.reading_of(steps, {"peak_memory_bytes": 2**31})
     assert (reading["seconds"], reading["first"], reading["allocated"]) == ([2.0, 2.5], 9.0, 2.0)
     assert ppo.shares([reading]) == "rollout=56% scoring=11% observing=11% update=22%"
-
-
-RECORDED = 24
-"""Rows of results.csv that tests hold on to; later ones come and go."""
-
-
-def rows_like(system: str, *changes: dict[str, str]) -> list[dict[str, str]]:
-    """The last of those rows with a system's DPO, changed in turn."""
-    rows = compare.read_rows(RESULTS)[:RECORDED]
-    recorded = [row for row in rows if (row["benchmark"], row["system"]) == ("dpo", system)]
-    return [{**recorded[-1], **change} for change in changes]
-
-
-def test_rows_of_the_last_commit_are_paired_with_the_same_work_before() -> None:
-    rows = compare.read_rows(RESULTS)[:12]
-    pairs = compare.pairs_of(rows, None)
-    assert pairs == list(zip(rows[4:8], rows[8:], strict=True))
-    lines = [line for before, after in pairs if before for line in compare.moves(before, after)]
-    slower = "tokens_per_second 14340 -> 12491, -12.9 %: worse"
-    assert len([line for line in lines if line.endswith(slower)]) == 1
-    assert not [line for line in lines if "peak_allocated" in line]
-    assert len({line.partition(":")[0] for line in lines}) == 4  # as many as rows: none reads like another
-    last = [*rows, {**rows[3], "commit": "c0ffee"}, {**rows[0], "commit": "c0ffee", "settings": "other"}]
-    assert [before for before, _ in compare.pairs_of(last, None)] == [rows[3], None]
-
-
-def test_steps_of_other_sizes_are_other_work() -> None:
-    (double, before, near) = rows_like("unsloth", *({"tokens_per_step": size} for size in ("8192", "4096", "4100")))
-    ((found, _),) = compare.pairs_of([before, double], [near])
-    assert found == before
-    assert compare.pairs_of([double], [near]) == [(None, near)]
-
-
-def memory_row(settings: str, **figures: str) -> dict[str, str]:
-    return dict.fromkeys(COLUMNS, "") | {"benchmark": "memory", "system": "burnish", "settings": settings} | figures
-
-
-def test_what_fits_in_one_of_two_rows_is_told() -> None:
-    fits = memory_row("row=full", tokens_per_step="2048", step_seconds="1.0", tokens_per_second="2048")
-    misfits = memory_row("row=full", note="out of memory under 20GiB: Tried to allocate 2 MiB")
-    for before, after, said in ((fits, misfits, "no longer fits: worse"), (misfits, fits, "fits now: better")):
-        assert compare.pairs_of([before], [after]) == [(before, after)]
-        (line,) = compare.moves(before, after)
-        assert line.endswith(f": {said}")
-    assert compare.moves(misfits, misfits) == []
-
-
-def test_the_longest_sequence_is_compared_by_its_length() -> None:
-    long, longer = (
-        memory_row("row=longest cap=24GB", tokens_per_step=length, step_seconds="9", tokens_per_second=speed)
-        for length, speed in (("65536", "6000"), ("81920", "4666"))
-    )
-    assert compare.pairs_of([long], [longer]) == [(long, longer)]
-    assert [line.rpartition(", ")[2] for line in compare.moves(long, longer)] == ["+25.0 %: better"]
-    assert [line.rpartition(", ")[2] for line in compare.moves(longer, long)] == ["-20.0 %: worse"]
-
-
-@pytest.mark.parametrize(
-    ("system", "change", "status", "said"),
-    [
-        ("burnish", {"tokens_per_second": "10000"}, 1, "-10.8 %: worse"),
-        ("burnish", {"peak_allocated_gib": "25.00"}, 1, "peak_allocated_gib 20.73 -> 25, +20.6 %: worse"),
-        ("burnish", {"tokens_per_second": "10700"}, 0, "nothing moved by more than 5 %"),
-        ("burnish", {"tokens_per_second": "20000"}, 0, ": better"),
-        ("burnish", {"compile_seconds": "99.0"}, 0, "compile_seconds 15.9 -> 99, +522.6 %: noted"),
-        ("unsloth", {"tokens_per_second": "100"}, 0, ": noted"),
-        ("burnish", {"device": "NVIDIA H100 80GB HBM3", "tokens_per_second": "1"}, 0, "none of the 1 new rows was"),
-    ],
-)
-def test_new_rows_are_held_against_the_last(tmp_path: Path, capsys, system, change, status, said) -> None:
-    with RESULTS.open(encoding="utf-8") as file:
-        (tmp_path / "recorded.csv").write_text("".join(itertools.islice(file, 1 + RECORDED)), encoding="utf-8")
-    elsewhere = {"device": change.get("device", "NVIDIA H200")}
-    for row in rows_like(system, {"tokens_per_second": "99999", **elsewhere}, change):  # the last of a work counts
-        write_row(row, tmp_path / "new.csv")
-    with pytest.raises(SystemExit) as stopped:
-        compare.main({"new": str(tmp_path / "new.csv"), "results": str(tmp_path / "recorded.csv")})
-    assert stopped.value.code == status
-    assert said in capsys.readouterr().out
-
-
-def test_kernels_are_compared_by_their_time() -> None:
-    row = dict.fromkeys(COLUMNS, "") | {"benchmark": "kernels", "system": "burnish", "settings": "name=nf4"}
-    (line,) = compare.moves({**row, "step_seconds": "0.000100"}, {**row, "step_seconds": "0.000110"})
-    assert line.endswith("step_seconds 0.0001 -> 0.00011, +10.0 %: worse")
-
-
-def test_the_page_is_made_from_the_results() -> None:
-    rows = compare.read_rows(RESULTS)
-    text = (page.DOCS / "performance.md").read_text(encoding="utf-8")
-    again = "docs/performance.md is older than results.csv: run python -m benchmarks.page"
-    assert page.filled(text, rows) == text, again
-    assert page.picture(rows) == (page.DOCS / "performance.svg").read_text(encoding="utf-8"), again
-
-
-def test_the_page_takes_the_last_run_beside_peers_and_compares_within_a_side() -> None:
-    ours, theirs = rows_like("burnish", {}), rows_like("unsloth", {})
-    work = {"benchmark": "sft", "shape": "llama-2-7b", "storage": "nf4", "checkpointing": ""}
-
-    def row(like: dict[str, str], side: str, speed: str, commit: str, **more: str) -> dict[str, str]:
-        told = f"side={side} memory=auto fp8=false lengths=fixed sequences=4 length=2048"
-        return {**like, **work, "settings": told, "tokens_per_second": speed, "commit": commit, **more}
-
-    rows = [
-        row(ours[0], "lean", "14000", "0"),  # of that day, with settings that had no turn in the last run
-        row(theirs[0], "lean", "9999", "0", checkpointing="True"),
-        row(ours[0], "lean", "77777", "older", date="2026-01-01"),
-        row(ours[0], "fast", "18000", "a"),
-        row(theirs[0], "fast", "15000", "a", checkpointing="False"),
-        row(theirs[0], "lean", "10000", "a", checkpointing="True"),
-        row(ours[0], "fast", "18600", "a"),  # measured again in that run
-        row(ours[0], "fast", "99999", "b"),  # alone: no ratio of one run
-    ]
-    ((found, run),) = page.runs(rows)
-    assert [one["tokens_per_second"] for one in run] == ["14000", "18600", "15000", "10000"]
-    lines = page.table(found, run)
-    assert lines[0] == "### QLoRA: llama-2-7b"
-    assert "18,600" in lines[6]
-    assert lines[6].endswith("| 1.24x Unsloth |")
-    assert [line.count("x Unsloth") for line in lines[7:]] == [0, 0, 0]
-    assert [line.split(" | ")[0] for line in lines[6:]] == ["| Burnish", "| Unsloth", "| Burnish (0)", "| Unsloth"]
-
-
-def test_the_page_has_a_line_of_attention_for_each_batch() -> None:
-    row = rows_like("burnish", {"benchmark": "kernels"})[0]
-    names = {
-        "attention 2x8, alpha": "0.000100",
-        "attention backward 2x8, alpha": "0.000200",
-        "attention 9, beta": "0.003",
-    }
-    rows = [{**row, "settings": f"name={name}", "step_seconds": taken} for name, taken in names.items()]
-    older = {**rows[0], "device": "another"}
-    lines = page.attention([older, *rows])
-    assert lines[4:] == [
-        "| sequences | alpha | beta |",
-        "| --- | ---: | ---: |",
-        "| 2x8 | 0.100 + 0.200 |  |",
-        "| 9 |  | 3.000 |",
-    ]
-    assert page.kernels(rows) == []
-
-
-def test_the_picture_has_a_mark_for_each_row_and_the_limits_of_arithmetic() -> None:
-    bf16, fp8 = page.LIMITS
-    assert (round(bf16.speed, -2), round(fp8.speed, -2)) == (27_700, 45_800)
-    dots = [
-        chart.Dot("burnish", "memory=auto", 37.3, 18_000, False),
-        chart.Dot("unsloth", "kept", 37.4, 18_050, True),
-        chart.Dot("trl", "kept", 59.9, 9_000, True),
-    ]
-    svg = ElementTree.fromstring(chart.scatter(dots, page.LIMITS, "speed & memory"))
-    names = {"s": "http://www.w3.org/2000/svg"}
-    assert svg.findtext("s:title", namespaces=names) == "speed & memory"
-    marks = [
-        mark.findtext("s:title", namespaces=names)
-        for kind in ("circle", "rect")
-        for mark in svg.iterfind(f"s:{kind}", names)
-    ]
-    assert {mark for mark in marks if mark} == {"Burnish, memory=auto", "Unsloth, kept", "TRL, kept"}
-    places = {
-        text.text: (text.get("text-anchor"), float(text.get("y", "nan"))) for text in svg.iterfind("s:text", names)
-    }
-    assert places["kept"][0] == "end"  # no room on the right of the last
-    heights = [float(text.get("y")) for text in svg.iterfind("s:text", names) if text.text in ("memory=auto", "kept")]
-    assert abs(heights[0] - heights[1]) >= chart.LINE - 0.1  # labels of neighbours are not one over the other
