@@ -198,7 +198,8 @@ def watched(every: float = 0.02) -> Generator[HostMemory]:
 
     def watch() -> None:
         while not ended.wait(every):
-            found.seen.append((time.perf_counter(), process.memory_info().rss))
+            held = process.memory_info().rss  # before the time: what is held later must not count as held by then
+            found.seen.append((time.perf_counter(), held))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
