@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import os
 import shutil
 import signal
 import sys
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and gives its exit status: 0, 1 after an error, 2 for a wrong command line, 130 when stopped."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("--help", "-h", "help"):
-        print(_overview())
+        _show(_overview())
         return 0
     if words[0] == "--version":
         print(burnish.__version__)
@@ -84,7 +85,7 @@ def _run(words: list[str]) -> int:
     flags = {word for word in rest if word in (*FLAGS, "-h")}
     rest = [word for word in rest if word not in flags]
     if flags & {"--help", "-h"}:
-        print(_help(name, module))
+        _show(_help(name, module))
         return 0
     extra: list[object] = []
     if actions := getattr(module, "ACTIONS", ()):
@@ -101,6 +102,14 @@ def _run(words: list[str]) -> int:
         raise ConfigError(_unknown(name, error, commands)) from None
     module.main(config, *extra)
     return 0
+
+
+def _show(text: str) -> None:
+    """Print a text of which the reader may want the beginning alone, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed when Python ends
 
 
 def _unknown(name: str, error: UnknownKey, commands: Mapping[str, tuple[str, str, str]]) -> str:

@@ -178,3 +178,12 @@ def test_every_answer_to_a_mistake_comes_before_torch(folders, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["sft", "--help"]])
+def test_help_ends_quietly_where_nobody_reads_on(words):
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run([sys.executable, "-m", "burnish", *words], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (0, "")
