@@ -104,7 +104,7 @@ class Planner:
         states = sum(optimizer.to_come() for optimizer in self._paged())
         beyond = 0 if amount is None else held.now + states - amount
         wanted = held.movable if self.run.memory == "least" else min(held.movable, beyond)
-        self._send(min(wanted, host_bytes(self.device) - held.lent))
+        self._send(min(wanted, host_room_for(held, self.device)))
 
     def _send(self, size: int) -> None:
         """Let so many bytes of states be on the host, of all optimizers together."""
@@ -119,7 +119,7 @@ class Planner:
         sizes, before = self.sizes(), self.decoder.plan
         held = self.held()
         room = min(room_for(self.run.memory, held, self.device), round(peak_bytes(before, sizes) * LESS))
-        host_room = max(0, host_bytes(self.device) - held.lent)
+        host_room = host_room_for(held, self.device)
         found = make_plan(sizes, self._num_blocks, room, host_room) or leanest(sizes, self._num_blocks, host_room)
         return found if peak_bytes(found, sizes) < peak_bytes(before, sizes) else None
 
@@ -199,7 +199,7 @@ def plan_for(sizes: Sizes, num_blocks: int, memory: str, held: Held, device: tor
     """
     if memory == "auto" and device.type != "cuda":
         return Arranged(keep_everything(num_blocks), 0)
-    host_room, room, found = max(0, host_bytes(device) - held.lent), 0, None
+    host_room, room, found = host_room_for(held, device), 0, None
     for margin, fill in ((MARGIN, memory != "least"), (0.0, False)):  # the least is tried where it may just fit
         if found is None:
             room = room_for(memory, held, device, margin)
@@ -252,6 +252,11 @@ def room_for(memory: str, held: Held, device: torch.device, margin: float = MARG
     """The bytes that are left for a pass, by `run.memory` and what is free less a margin."""
     amount, free = memory_bytes(memory), free_bytes(device, margin)
     return (free if amount is None else min(free, amount - held.now)) - held.to_come
+
+
+def host_room_for(held: Held, device: torch.device) -> int:
+    """The bytes of the host's memory that a plan may use: less what states will take there whatever is planned."""
+    return max(0, host_bytes(device) - held.lent)
 
 
 def host_bytes(device: torch.device) -> int:

@@ -32,7 +32,6 @@ from burnish.model.fused_pass import FusedPass, Trunk
 from burnish.model.recorder import Flight, Gradients, Lane, Recorder
 from burnish.model.shelf import HostMemory, Plan, Shelf
 from burnish.ops.blocks import padded as padded_blocks
-from burnish.ops.blocks import takes_blocks
 from burnish.ops.keys import padded
 
 ROWS = 256
@@ -172,7 +171,7 @@ class Graphs:
         assert layout is not None
         tokens, sequences, longest = len(x), len(layout.starts) - 1, layout.longest
         shared = layout.keys is not None
-        by_blocks = layout.blocks is not None and takes_blocks(self._trunk.config.head_dim)
+        by_blocks = layout.blocks_for(self._trunk.config.head_dim) is not None
         keys = 0 if layout.keys is None or by_blocks else len(layout.keys.position)
         if not layout.even:  # kernels for even batches take no padding
             step = _step(tokens)

@@ -78,6 +78,14 @@ class Layout(NamedTuple):
     blocks: Blocks | None = None
     """What our own kernels go by; None where they have no part."""
 
+    def blocks_for(self, width: int) -> Blocks | None:
+        """The blocks, where our own kernels take heads so wide."""
+        return self.blocks if takes_blocks(width) else None
+
+    def reach(self, window: int | None) -> int | None:
+        """The window, if anything is beyond it."""
+        return None if window is None or window >= self.longest else window
+
 
 def packed_layout(batch: Batch, padded: bool) -> Layout:
     """How `attention` will read the batch; `padded` for everything but variable-length kernels."""
@@ -146,8 +154,8 @@ def attention_forward(
     assert softcap is None
     if _suits_cudnn(q_THC, layout, window):
         return _cudnn_forward(q_THC, k_TGC, v_TGC, len(layout.starts) - 1, scale)
-    if layout.blocks is not None and takes_blocks(q_THC.shape[-1]):
-        return forward_by_blocks(q_THC, k_TGC, v_TGC, layout.blocks, scale, _reach(layout, window))
+    if (blocks := layout.blocks_for(q_THC.shape[-1])) is not None:
+        return forward_by_blocks(q_THC, k_TGC, v_TGC, blocks, scale, layout.reach(window))
     if layout.keys is not None:
         k_TGC, v_TGC = copy_out(k_TGC, v_TGC, layout.keys)
     return _flash_forward(q_THC, k_TGC, v_TGC, layout, scale, window)
@@ -175,8 +183,8 @@ def attention_backward(
     (lse,) = saved
     if lse.ndim > 2:  # by heads alone where FlashAttention or our own kernels made it
         return _cudnn_backward(dout_THC, given, out_THC, lse, len(layout.starts) - 1, scale)
-    if layout.blocks is not None and takes_blocks(q.shape[-1]):
-        return backward_by_blocks(dout_THC, given, out_THC, lse, layout.blocks, scale, _reach(layout, window))
+    if (blocks := layout.blocks_for(q.shape[-1])) is not None:
+        return backward_by_blocks(dout_THC, given, out_THC, lse, blocks, scale, layout.reach(window))
     if layout.keys is None:
         return _flash_backward(dout_THC, given, out_THC, lse, layout, scale, window)
     read = (q, *copy_out(k, v, layout.keys))
@@ -313,14 +321,8 @@ def _wants_blocks(device: torch.device) -> bool:
     return runs_kernels(device) and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _reach(layout: Layout, window: int | None) -> int | None:
-    """The window, if anything is beyond it."""
-    return None if window is None or window >= layout.longest else window
-
-
 def _suits_cudnn(q: Tensor, layout: Layout, window: int | None) -> bool:
-    reaches_all = window is None or window >= layout.longest
-    return layout.even and reaches_all and q.shape[-1] <= 128 and _has_hopper_kernels(q.device)
+    return layout.even and layout.reach(window) is None and q.shape[-1] <= 128 and _has_hopper_kernels(q.device)
 
 
 @functools.cache

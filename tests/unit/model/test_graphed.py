@@ -120,8 +120,7 @@ def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_wants_blocks", lambda device: True)
     monkeypatch.setattr(attention, "forward_by_blocks", lambda *given: (by_blocks(*given), (torch.zeros(1, 1),)))
     monkeypatch.setattr(attention, "backward_by_blocks", by_blocks_backward)
-    for module in (attention, graphed):
-        monkeypatch.setattr(module, "takes_blocks", lambda width: True)
+    monkeypatch.setattr(attention, "takes_blocks", lambda width: True)
 
 
 @pytest.fixture
