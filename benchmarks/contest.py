@@ -37,7 +37,8 @@ def contest(
     """Gives every entry its readings, one a round; an entry whose system fails keeps those that it has.
 
     `together`: all processes stay loaded on the device and take turns. Otherwise each is opened anew in every round,
-    for itself. A turn that the clock may not leave time for is not begun.
+    for itself. A process ends with its last turn, so that what it holds of the device is there for the others. A turn
+    that the clock may not leave time for is not begun.
     """
     names = list(dict.fromkeys(entry.worker for entry in entries))
     workers: dict[str, Worker] = {}
@@ -48,7 +49,8 @@ def contest(
             for name in names:
                 _greet(name, workers, entries, clock)
         longest = 0.0
-        for name in names * rounds:
+        for turn, name in enumerate(names * rounds):
+            last = turn >= len(names) * (rounds - 1)
             before = clock.left()
             if longest > before:
                 print(f"{name} has no turn: {before:.0f} s are left, and one took {longest:.0f} s", flush=True)
@@ -57,7 +59,7 @@ def contest(
                 workers[name] = open_worker(name)
                 _greet(name, workers, entries, clock)
             _ask(name, workers, entries, clock)
-            if not together and name in workers:
+            if (last or not together) and name in workers:
                 workers.pop(name).close()
             longest = max(longest, before - clock.left())
     finally:

@@ -5,8 +5,10 @@ import json
 import runpy
 import statistics
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -77,9 +79,13 @@ def entry(worker: str, **request: object) -> Entry:
     return Entry(f"{worker} {request}", worker, request, {"benchmark": "dpo"})
 
 
-def open_system(tmp_path: Path, source: str = SYSTEM) -> Worker:
+def words_of(tmp_path: Path, source: str = SYSTEM) -> tuple[list[str], Path, dict[str, str], Path]:
     env = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    return Worker([sys.executable, "-c", source], tmp_path / "log.txt", env, tmp_path / "scratch")
+    return [sys.executable, "-c", source], tmp_path / "log.txt", env, tmp_path / "scratch"
+
+
+def open_system(tmp_path: Path, source: str = SYSTEM) -> Worker:
+    return Worker(*words_of(tmp_path, source))
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -94,6 +100,34 @@ def test_systems_take_turns_and_one_that_breaks_leaves_the_others(tmp_path: Path
         capsys.readouterr().out
     )
     assert "libraries print" in (tmp_path / "a" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("together", "events"),
+    [
+        (True, ["open a", "open b", "ask a", "ask b", "ask a", "close a", "ask b", "close b"]),
+        (False, [f"{event} {name}" for name in "abab" for event in ("open", "ask", "close")]),
+    ],
+)
+def test_a_process_ends_with_its_last_turn(tmp_path: Path, together: bool, events: list[str]) -> None:
+    seen: list[str] = []
+
+    class Noted(Worker):
+        def __init__(self, name: str) -> None:
+            self.name = name
+            seen.append(f"open {name}")
+            super().__init__(*words_of(tmp_path / name))
+
+        def ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+            seen.append(f"ask {self.name}")
+            return super().ask(request, seconds)
+
+        def close(self) -> None:
+            seen.append(f"close {self.name}")
+            super().close()
+
+    contest([entry("a", seconds=0.5), entry("b", seconds=0.5)], Noted, 2, Clock(60), together)
+    assert seen == events
 
 
 def test_a_system_that_says_nothing_is_given_up(tmp_path: Path) -> None:
