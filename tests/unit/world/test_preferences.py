@@ -2,7 +2,6 @@
 
 import functools
 import re
-import time
 
 import pytest
 
@@ -26,13 +25,6 @@ def rows(split: str) -> list[dict]:
 def is_wrong(row: dict) -> bool:
     """Whether the worse answer does not say the better one anywhere."""
     return f" {row['chosen']}." not in f" {row['rejected']}."
-
-
-def test_writing_them_is_quick():
-    begin = time.perf_counter()
-    for split in (*PAIRS, "prompts"):
-        world.rows(split)
-    assert time.perf_counter() - begin < 2.0
 
 
 def test_enough_rows_of_the_families_that_training_has():

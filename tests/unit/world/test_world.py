@@ -4,7 +4,6 @@ import itertools
 import re
 import subprocess
 import sys
-import time
 import zlib
 
 import pytest
@@ -53,12 +52,6 @@ def test_unknown_split_names_the_known_ones():
         ValueError, match=r"no split 'test'; write one of train, held_out_seen, held_out_unseen, general"
     ):
         rows("test")
-
-
-def test_writing_the_training_rows_is_quick():
-    begin = time.perf_counter()
-    rows("train")
-    assert time.perf_counter() - begin < 0.5
 
 
 def test_enough_families_and_rows():
