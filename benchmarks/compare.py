@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.rows import RESULTS, measured, read_words
+from benchmarks.rows import COLUMNS, RESULTS, measured, read_words
 
 WORDS = {"new": "", "results": str(RESULTS)}
 WORK = ("benchmark", "system", "device", "shape", "storage", "adapter", "rank", "checkpointing", "settings")
@@ -40,11 +40,14 @@ def main(asked: Mapping[str, str]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a file of results, in its order. Raises ValueError when there is no such file."""
+    """The rows of a file of results, in its order. Raises ValueError without the file or its line of column names."""
     if not path.is_file():
         raise ValueError(f"{path} is not there: write new= and results= with files of rows")
     with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        if missing := [column for column in COLUMNS if column not in (reader.fieldnames or ())]:
+            raise ValueError(f"{path} has no column {missing[0]}: its first line is to be that of {RESULTS.name}")
+        return list(reader)
 
 
 def pairs_of(recorded: Sequence[Row], new: Sequence[Row] | None) -> list[tuple[Row | None, Row]]:

@@ -55,7 +55,7 @@ def main(asked: Mapping[str, str]) -> None:
     for one in (reading for kind in kinds for reading in kind(device, asked["only"])):
         readings.append(one)
         note = ", ".join(filter(None, (one.rate, one.share, asked["note"])))
-        row = about | {"step_seconds": f"{one.seconds:.6f}", "note": note, "settings": f"name={one.name}"}
+        row = about | {"step_seconds": f"{one.seconds:.8f}", "note": note, "settings": f"name={one.name}"}
         write_row(row, Path(asked["results"]) if asked["results"] else None)
     print(f"\n{'name':40} {'ms':>9} {'rate':>14}  share")
     for one in readings:

@@ -144,4 +144,4 @@ def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(RuntimeError, match="lost"):
         kernels.main(asked)
     (row,) = compare.read_rows(tmp_path / "rows.csv")
-    assert [row[key] for key in ("settings", "step_seconds", "note")] == ["name=one", "0.500000", "8 GB/s, again"]
+    assert [row[key] for key in ("settings", "step_seconds", "note")] == ["name=one", "0.50000000", "8 GB/s, again"]

@@ -100,6 +100,13 @@ def test_what_fits_in_one_of_two_rows_is_told() -> None:
     assert compare.moves(misfits, misfits) == []
 
 
+def test_a_file_without_its_line_of_names_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("".join(RESULTS.read_text().splitlines(keepends=True)[1:3]))
+    with pytest.raises(ValueError, match=r"rows.csv has no column date: its first line is to be that of results.csv$"):
+        compare.read_rows(path)
+
+
 def test_the_longest_sequence_is_compared_by_its_length() -> None:
     long, longer = (
         memory_row("row=longest cap=24GB", tokens_per_step=length, step_seconds="9", tokens_per_second=speed)
