@@ -79,18 +79,15 @@ def _limit(limit: Limit, frame: Frame) -> str:
 
 
 def _dots(dots: Sequence[Dot], frame: Frame) -> list[str]:
-    """Points, each with its label beside it: on the side with room, moved up or down where another one stands."""
+    """Points, each with its label beside it: as near as the others let it, on the right before the left."""
     parts: list[str] = []
     places = [frame.place((dot.gib, dot.speed)) for dot in dots]
     taken = [(x - 7, x + 7, y + 4) for x, y in places]
     for dot in sorted(dots, key=lambda dot: -dot.speed):
         x, y = frame.place((dot.gib, dot.speed))
         width = CHARACTER * len(dot.label)
-        left = x + 9 + width > frame.width - frame.RIGHT
-        start = x - 9 - width if left else x + 9
-        level = y + 4
-        while any(abs(level - other) < LINE and start < stop and begin < start + width for begin, stop, other in taken):
-            level += 2
+        start, level = _beside(x, y, width, taken, frame)
+        left = start < x
         taken.append((start, start + width, level))
         if abs(level - y - 4) > LINE / 2:
             parts.append(
@@ -100,6 +97,20 @@ def _dots(dots: Sequence[Dot], frame: Frame) -> list[str]:
         anchor, at = ("end", x - 9) if left else ("start", start)
         parts.append(f'<text x="{at:.1f}" y="{level:.1f}" text-anchor="{anchor}">{escape(dot.label)}</text>')
     return parts
+
+
+def _beside(
+    x: float, y: float, width: float, taken: Sequence[tuple[float, float, float]], frame: Frame
+) -> tuple[float, float]:
+    """Where a label begins: on the right, on the left, then ever further down or up; each of `taken` is kept clear."""
+    for shift in range(0, round(frame.height), 2):
+        for level in (y + 4 + shift, y + 4 - shift):
+            for start in (x + 9, x - 9 - width):
+                inside = frame.left < start and start + width < frame.width - frame.RIGHT
+                near = (at for begin, stop, at in taken if start < stop and begin < start + width)
+                if inside and all(abs(level - at) >= LINE for at in near):
+                    return start, level
+    return x + 9, y + 4
 
 
 def _mark(x: float, y: float, colour: str, square: bool, words: str) -> str:

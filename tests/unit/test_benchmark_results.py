@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import chart, compare, page, rows, sampler
 from benchmarks.rows import COLUMNS, RESULTS, write_row
+from burnish.report.charts import CHARACTER
 
 
 def test_every_row_of_the_results_has_every_column(tmp_path: Path) -> None:
@@ -270,6 +271,7 @@ def test_the_picture_has_a_mark_for_each_row_and_the_limits_of_arithmetic() -> N
     dots = [
         chart.Dot("burnish", "memory=auto", 37.3, 18_000, False),
         chart.Dot("unsloth", "kept", 37.4, 18_050, True),
+        chart.Dot("trl", "kept", 37.35, 18_020, True),
         chart.Dot("trl", "kept", 59.9, 9_000, True),
     ]
     svg = ElementTree.fromstring(chart.scatter(dots, page.LIMITS, "speed & memory"))
@@ -281,9 +283,13 @@ def test_the_picture_has_a_mark_for_each_row_and_the_limits_of_arithmetic() -> N
         for mark in svg.iterfind(f"s:{kind}", names)
     ]
     assert {mark for mark in marks if mark} == {"Burnish, memory=auto", "Unsloth, kept", "TRL, kept"}
-    places = {
-        text.text: (text.get("text-anchor"), float(text.get("y", "nan"))) for text in svg.iterfind("s:text", names)
-    }
-    assert places["kept"][0] == "end"  # no room on the right of the last
-    heights = [float(text.get("y")) for text in svg.iterfind("s:text", names) if text.text in ("memory=auto", "kept")]
-    assert abs(heights[0] - heights[1]) >= chart.LINE - 0.1  # labels of neighbours are not one over the other
+    labels = [text for text in svg.iterfind("s:text", names) if text.text in ("memory=auto", "kept")]
+    sides = [text.get("text-anchor") for text in labels]
+    assert sides == ["start", "end", "start", "end"]  # the last has no room on its right
+    boxes: list[tuple[float, float, float]] = []
+    for text in labels:
+        at, width = float(text.attrib["x"]), CHARACTER * len(text.text or "")
+        begin = at - width if text.get("text-anchor") == "end" else at
+        boxes.append((begin, begin + width, float(text.attrib["y"])))
+    for one, two in itertools.combinations(boxes, 2):  # no label lies over another
+        assert one[1] <= two[0] or two[1] <= one[0] or abs(one[2] - two[2]) >= chart.LINE - 0.1
