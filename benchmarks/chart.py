@@ -106,7 +106,8 @@ def _beside(
     for shift in range(0, round(frame.height), 2):
         for level in (y + 4 + shift, y + 4 - shift):
             for start in (x + 9, x - 9 - width):
-                inside = frame.left < start and start + width < frame.width - frame.RIGHT
+                across = frame.left < start and start + width < frame.width - frame.RIGHT
+                inside = across and frame.TOP + 8 < level < frame.height - frame.BOTTOM
                 near = (at for begin, stop, at in taken if start < stop and begin < start + width)
                 if inside and all(abs(level - at) >= LINE for at in near):
                     return start, level

@@ -20,6 +20,8 @@ WORK = ("benchmark", "system", "device", "shape", "storage", "adapter", "rank", 
 """What rows of the same work agree in; their tokens a step are the same within the margin, too."""
 HIGHER_IS_BETTER = {"tokens_per_second": True, "step_seconds": False, "peak_allocated_gib": False}
 TOLD = {"peak_reserved_gib": False, "compile_seconds": False}
+FIGURES = ("tokens_per_step", *HIGHER_IS_BETTER, *TOLD)
+"""Columns of numbers; what a row does not measure is empty."""
 MARGIN = 0.05
 Row = Mapping[str, str]
 
@@ -40,14 +42,30 @@ def main(asked: Mapping[str, str]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a file of results, in its order. Raises ValueError without the file or its line of column names."""
+    """The rows of a file of results, in its order.
+
+    Raises ValueError without the file, its line of column names, or a number where one is to be.
+    """
     if not path.is_file():
-        raise ValueError(f"{path} is not there: write new= and results= with files of rows")
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
+        raise ValueError(f"{path} is no file: write new= and results= with files of rows")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, restval="")
         if missing := [column for column in COLUMNS if column not in (reader.fieldnames or ())]:
             raise ValueError(f"{path} has no column {missing[0]}: its first line is to be that of {RESULTS.name}")
-        return list(reader)
+        rows = list(reader)
+    for number, row in enumerate(rows, 2):
+        for column in FIGURES:
+            if not is_figure(row[column]):
+                raise ValueError(f"{path}, row {number}: {column}={row[column]} is no number: mend or delete the row")
+    return rows
+
+
+def is_figure(text: str) -> bool:
+    """Whether a cell holds a number, or nothing."""
+    try:
+        return not text or float(text) >= 0
+    except ValueError:
+        return False
 
 
 def pairs_of(recorded: Sequence[Row], new: Sequence[Row] | None) -> list[tuple[Row | None, Row]]:

@@ -51,6 +51,8 @@ def contest(
         longest = 0.0
         for turn, name in enumerate(names * rounds):
             last = turn >= len(names) * (rounds - 1)
+            if together and name not in workers:
+                continue  # it failed, and said so
             before = clock.left()
             if longest > before:
                 print(f"{name} has no turn: {before:.0f} s are left, and one took {longest:.0f} s", flush=True)
@@ -59,9 +61,9 @@ def contest(
                 workers[name] = open_worker(name)
                 _greet(name, workers, entries, clock)
             _ask(name, workers, entries, clock)
+            longest = max(longest, before - clock.left())
             if (last or not together) and name in workers:
                 workers.pop(name).close()
-            longest = max(longest, before - clock.left())
     finally:
         for worker in workers.values():
             worker.close()

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.contest import Entry, contest, model_folders, open_ours, open_peer, peers_missing, row_of
-from benchmarks.meter import Meter, device_name, here
+from benchmarks.meter import Meter, device_name, here, needs_cuda
 from benchmarks.models import RANK, open_random
 from benchmarks.rows import PLACES, current_commit, read_words, write_row
 from benchmarks.shapes import FIRST_ID, SHAPES
@@ -50,7 +50,8 @@ WORDS = {
     "peers": "",
     **PLACES,
 }
-CHOICES = {"shape": SHAPES, "storage": ("nf4", "bf16"), "sides": ("fast,lean", "fast", "lean")}
+CHOICES = {"shape": SHAPES, "storage": ("nf4", "bf16")}
+LISTS = {"sides": ("fast", "lean"), "systems": ("trl", "unsloth")}
 NUMBERS = ("pairs", "prompt", "answer", "rounds", "seconds")
 WARM_UP, TIMED = 3, 5
 BETA = 0.1
@@ -76,6 +77,7 @@ PEERS = (
 
 def main(asked: Mapping[str, str]) -> None:
     """Measures Burnish and, where they are, its peers; prints the rows and adds them to results.csv."""
+    needs_cuda("benchmarks/dpo.py", asked["shape"])
     clock = Clock(float(asked["seconds"]))
     scratch, logs = Path(asked["scratch"]), Path(asked["logs"] or asked["scratch"])
     entries, peers = ours(asked), Path(asked["peers"])
@@ -237,7 +239,7 @@ def random_comparisons(pairs: int, prompt: int, answer: int, vocab_size: int, se
 if __name__ == "__main__":
     serving = sys.argv[1:2] == ["serve"]
     try:
-        asked = read_words(sys.argv[2:] if serving else sys.argv[1:], WORDS, CHOICES, NUMBERS)
+        asked = read_words(sys.argv[2:] if serving else sys.argv[1:], WORDS, CHOICES, NUMBERS, LISTS)
     except ValueError as error:
         sys.exit(f"benchmarks/dpo.py: {error}")
     (serve if serving else main)(asked)

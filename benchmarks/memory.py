@@ -29,7 +29,7 @@ from benchmarks import ppo
 from benchmarks.contest import model_folders, open_ours
 from benchmarks.memory_rows import MOST, ROWS, UNIT, Row, longest, sized
 from benchmarks.memory_run import gib
-from benchmarks.meter import device_name, here
+from benchmarks.meter import device_name, here, needs_cuda
 from benchmarks.rows import PLACES, current_commit, write_row
 from benchmarks.rows import read_words as read
 from benchmarks.turns import Clock, Failed, Worker
@@ -59,8 +59,7 @@ Ask = Callable[[str, Row], dict[str, Any]]
 
 def main(asked: Mapping[str, str]) -> None:
     """Measures row after row what is asked for; prints the rows and adds them to results.csv as they come."""
-    if here().type == "cpu" and asked["shape"] != "tiny":
-        sys.exit("benchmarks/memory.py: it measures on a CUDA device, and there is none; shape=tiny tries it out")
+    needs_cuda("benchmarks/memory.py", asked["shape"])
     if here().type == "cpu":
         asked = {**asked, "cap": "none"}  # it is the CUDA allocator that is capped
     clock, model = Clock(float(asked["seconds"])), Path(asked["scratch"]) / "model"

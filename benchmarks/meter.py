@@ -1,6 +1,7 @@
 """Time and peak memory of steps, for Burnish and its peers alike."""
 
 import gc
+import sys
 import time
 from typing import Any
 
@@ -74,6 +75,12 @@ def give_back(device: torch.device) -> None:
 def here() -> torch.device:
     """The device to measure on: CUDA where there is one; else the CPU, where only the scripts are tried out."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def needs_cuda(script: str, shape: str) -> None:
+    """Ends a script that would measure on a CPU; only the shape `tiny` is tried out there."""
+    if here().type == "cpu" and shape != "tiny":
+        sys.exit(f"{script}: it measures on a CUDA device, and there is none; shape=tiny tries it out on a CPU")
 
 
 def device_name(device: torch.device) -> str:

@@ -58,8 +58,9 @@ def main(words: Sequence[str]) -> None:
         raise ValueError(f"{words[0]} is not known: nothing can be asked for")
     rows = read_rows(RESULTS)
     page = DOCS / "performance.md"
-    page.write_text(filled(page.read_text(encoding="utf-8"), rows), encoding="utf-8")
-    (DOCS / "performance.svg").write_text(picture(rows), encoding="utf-8")
+    text, drawn = filled(page.read_text(encoding="utf-8"), rows), picture(rows)
+    page.write_text(text, encoding="utf-8")
+    (DOCS / "performance.svg").write_text(drawn, encoding="utf-8")
 
 
 def filled(page: str, rows: Sequence[Row]) -> str:
@@ -275,6 +276,8 @@ def picture(rows: Sequence[Row]) -> str:
         and work.storage in ("nf4", "bf16")
         and "alpaca" not in work.words
     ]
+    if not chosen:
+        raise ValueError(f"{RESULTS.name} has no row of LoRA on llama-2-7b to draw: measure with benchmarks.sft first")
     device = max(chosen, key=lambda item: (item[1][-1]["date"], "H100" in item[0].device))[0].device
     latest: dict[str, list[Row]] = {}
     for work, run in sorted(chosen, key=lambda item: item[1][-1]["date"]):

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.contest import Entry, contest, model_folders, open_ours, open_peer, peers_missing, row_of
-from benchmarks.meter import device_name, here
+from benchmarks.meter import device_name, here, needs_cuda
 from benchmarks.models import ALPHA, RANK
 from benchmarks.rows import PLACES, current_commit, read_words, write_row
 from benchmarks.shapes import FIRST_ID, SHAPES
@@ -43,7 +43,8 @@ WORDS = {
     "peers": "",
     **PLACES,
 }
-CHOICES = {"shape": SHAPES, "storages": ("nf4,bf16", "nf4", "bf16")}
+CHOICES = {"shape": SHAPES}
+LISTS = {"storages": ("nf4", "bf16")}
 NUMBERS = ("prompts", "prompt", "answer", "rounds", "seconds")
 WARM_UP, TIMED = 1, 2
 PEER_MICRO = 8
@@ -58,6 +59,7 @@ PHASES = ("rollout", "scoring", "observing", "update")
 
 def main(asked: Mapping[str, str]) -> None:
     """Measures Burnish and, where it is, TRL; prints the rows and adds them to results.csv."""
+    needs_cuda("benchmarks/ppo.py", asked["shape"])
     clock = Clock(float(asked["seconds"]))
     scratch, logs = Path(asked["scratch"]), Path(asked["logs"] or asked["scratch"])
     entries, peers = ours(asked), Path(asked["peers"])
@@ -206,7 +208,7 @@ def reading_of(steps: list[dict[str, Any]], results: Mapping[str, Any]) -> dict[
 if __name__ == "__main__":
     serving = sys.argv[1:2] == ["serve"]
     try:
-        asked = read_words(sys.argv[2:] if serving else sys.argv[1:], WORDS, CHOICES, NUMBERS)
+        asked = read_words(sys.argv[2:] if serving else sys.argv[1:], WORDS, CHOICES, NUMBERS, LISTS)
     except ValueError as error:
         sys.exit(f"benchmarks/ppo.py: {error}")
     (serve if serving else main)(asked)

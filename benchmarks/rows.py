@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 
 RESULTS = Path(__file__).with_name("results.csv")
 COLUMNS = [
@@ -49,7 +50,11 @@ PLACES: Mapping[str, str] = {
 
 
 def read_words(
-    words: list[str], known: Mapping[str, str], choices: Mapping[str, Collection[str]], numbers: Collection[str]
+    words: list[str],
+    known: Mapping[str, str],
+    choices: Mapping[str, Collection[str]],
+    numbers: Collection[str],
+    lists: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> dict[str, str]:
     """Every known word with the value that is asked for. Raises ValueError naming the word that is wrong."""
     given: dict[str, str] = {}
@@ -66,6 +71,9 @@ def read_words(
     for key, allowed in choices.items():
         if asked[key] not in allowed:
             raise ValueError(f"{key}={asked[key]} is not known: write one of {', '.join(allowed)}")
+    for key, allowed in lists.items():
+        if not set(asked[key].split(",")) <= set(allowed):
+            raise ValueError(f"{key}={asked[key]} is not known: write one or more of {','.join(allowed)}")
     for key in numbers:
         if not asked[key].isdecimal() or int(asked[key]) < 1:
             raise ValueError(f"{key}={asked[key]} must be a whole number above 0")
@@ -94,7 +102,8 @@ def write_row(row: Mapping[str, object], results: Path | None = None) -> None:
         print("a trial on a CPU: the row is not kept; results=FILE keeps it", flush=True)
         return
     path = results or RESULTS
-    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists() or not path.stat().st_size
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if new:

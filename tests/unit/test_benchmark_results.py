@@ -11,6 +11,8 @@ from benchmarks import chart, compare, page, rows, sampler
 from benchmarks.rows import COLUMNS, RESULTS, write_row
 from burnish.report.charts import CHARACTER
 
+SVG = {"s": "http://www.w3.org/2000/svg"}
+
 
 def test_every_row_of_the_results_has_every_column(tmp_path: Path) -> None:
     with RESULTS.open(newline="", encoding="utf-8") as file:
@@ -106,6 +108,27 @@ def test_a_file_without_its_line_of_names_is_refused(tmp_path: Path) -> None:
     path.write_text("".join(RESULTS.read_text().splitlines(keepends=True)[1:3]))
     with pytest.raises(ValueError, match=r"rows.csv has no column date: its first line is to be that of results.csv$"):
         compare.read_rows(path)
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"rows.csv has no column date"):
+        compare.read_rows(path)
+
+
+def test_a_row_without_a_number_where_one_belongs_is_named(tmp_path: Path) -> None:
+    first, row = RESULTS.read_text().splitlines(keepends=True)[:2]
+    path = tmp_path / "rows.csv"
+    path.write_text("\ufeff" + first + row, encoding="utf-8")  # as spreadsheets write it
+    (found,) = compare.read_rows(path)
+    path.write_text(first + row.replace(f",{found['step_seconds']},", ",n/a,"))
+    with pytest.raises(ValueError, match=r"rows.csv, row 2: step_seconds=n/a is no number: mend or delete the row$"):
+        compare.read_rows(path)
+
+
+def test_rows_go_into_new_folders_and_empty_files(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.csv"
+    empty.touch()
+    for path in (tmp_path / "new" / "rows.csv", empty):
+        write_row({"benchmark": "dpo"}, path)
+        assert [row["benchmark"] for row in compare.read_rows(path)] == ["dpo"]
 
 
 def test_the_longest_sequence_is_compared_by_its_length() -> None:
@@ -265,31 +288,63 @@ def test_the_page_takes_no_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         page.main(["x=1"])
 
 
+def labels_of(dots: list[chart.Dot]) -> list[tuple[str, float, float, float]]:
+    """The labels of points as (anchor, left, right, height)."""
+    svg = ElementTree.fromstring(chart.scatter(dots, page.LIMITS, "speed"))
+    found: list[tuple[str, float, float, float]] = []
+    for text in svg.iterfind("s:text", SVG):
+        if text.text in {dot.label for dot in dots}:
+            at, width = float(text.attrib["x"]), CHARACTER * len(text.text or "")
+            anchor = text.attrib["text-anchor"]
+            begin = at - width if anchor == "end" else at
+            found.append((anchor, begin, begin + width, float(text.attrib["y"])))
+    assert len(found) == len(dots)
+    return found
+
+
+@pytest.mark.parametrize("speed", [100, 18_000, 49_000])
+def test_labels_of_a_crowd_stay_apart_and_in_the_frame(speed: int) -> None:
+    labels = labels_of([chart.Dot("burnish", "memory=auto", 20 + i / 10, speed + i, False) for i in range(8)])
+    for one, two in itertools.combinations(labels, 2):
+        assert one[2] <= two[1] or two[2] <= one[1] or abs(one[3] - two[3]) >= chart.LINE - 0.1
+    assert {anchor for anchor, *_ in labels} == {"start", "end"}
+    assert all(10 < height < chart.HEIGHT - chart.LEGEND - 34 for *_, height in labels)
+
+
+def test_a_label_keeps_off_the_edges_and_the_marks_of_others() -> None:
+    (first, _, _, _), (last, _, _, _) = labels_of(
+        [chart.Dot("trl", "kept", 0.0, 9_000, True), chart.Dot("trl", "kept", 60.0, 9_000, True)]
+    )
+    assert (first, last) == ("start", "end")
+    (fast, *_), (slow, *_) = labels_of(
+        [chart.Dot("trl", "kept", 30.0, 9_000, True), chart.Dot("trl", "kept", 31.5, 9_000, True)]
+    )
+    assert (fast, slow) == ("end", "start")  # the other's mark is where the first one's label would be
+
+
+def test_a_picture_without_rows_is_refused_and_nothing_is_written(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(page, "DOCS", tmp_path)
+    monkeypatch.setattr(page, "RESULTS", tmp_path / "results.csv")
+    (tmp_path / "results.csv").write_text(RESULTS.read_text().splitlines(keepends=True)[0])
+    (tmp_path / "performance.md").write_text("figures")
+    with pytest.raises(ValueError, match=r"^results.csv has no row of LoRA on llama-2-7b to draw: measure with "):
+        page.main([])
+    assert (tmp_path / "performance.md").read_text() == "figures"
+
+
 def test_the_picture_has_a_mark_for_each_row_and_the_limits_of_arithmetic() -> None:
     bf16, fp8 = page.LIMITS
     assert (round(bf16.speed, -2), round(fp8.speed, -2)) == (27_700, 45_800)
     dots = [
         chart.Dot("burnish", "memory=auto", 37.3, 18_000, False),
         chart.Dot("unsloth", "kept", 37.4, 18_050, True),
-        chart.Dot("trl", "kept", 37.35, 18_020, True),
         chart.Dot("trl", "kept", 59.9, 9_000, True),
     ]
     svg = ElementTree.fromstring(chart.scatter(dots, page.LIMITS, "speed & memory"))
-    names = {"s": "http://www.w3.org/2000/svg"}
-    assert svg.findtext("s:title", namespaces=names) == "speed & memory"
+    assert svg.findtext("s:title", namespaces=SVG) == "speed & memory"
     marks = [
-        mark.findtext("s:title", namespaces=names)
+        mark.findtext("s:title", namespaces=SVG)
         for kind in ("circle", "rect")
-        for mark in svg.iterfind(f"s:{kind}", names)
+        for mark in svg.iterfind(f"s:{kind}", SVG)
     ]
     assert {mark for mark in marks if mark} == {"Burnish, memory=auto", "Unsloth, kept", "TRL, kept"}
-    labels = [text for text in svg.iterfind("s:text", names) if text.text in ("memory=auto", "kept")]
-    sides = [text.get("text-anchor") for text in labels]
-    assert sides == ["start", "end", "start", "end"]  # the last has no room on its right
-    boxes: list[tuple[float, float, float]] = []
-    for text in labels:
-        at, width = float(text.attrib["x"]), CHARACTER * len(text.text or "")
-        begin = at - width if text.get("text-anchor") == "end" else at
-        boxes.append((begin, begin + width, float(text.attrib["y"])))
-    for one, two in itertools.combinations(boxes, 2):  # no label lies over another
-        assert one[1] <= two[0] or two[1] <= one[0] or abs(one[2] - two[2]) >= chart.LINE - 0.1

@@ -7,13 +7,13 @@ import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import checkpoints, dpo, ppo, sampler, sft
+from benchmarks import checkpoints, dpo, memory, ppo, sampler, sft
 from benchmarks.contest import Entry, contest, open_peer, peers_missing, row_of
 from benchmarks.meter import Meter
 from benchmarks.models import ALPHA, RANK
@@ -69,6 +69,19 @@ def test_a_word_that_is_not_known_is_named_with_the_nearest(word: str, message: 
         sft.read_words(["rounds=2", word])
 
 
+@pytest.mark.parametrize("script", [dpo, memory, ppo, sft])
+def test_nothing_but_a_trial_is_begun_on_a_cpu(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=r"it measures on a CUDA device, and there is none; shape=tiny tries it out"):
+        script.main(script.WORDS)
+
+
+@pytest.mark.parametrize("word", ["sides=fats", "sides=fast,", "systems=unslot"])
+def test_an_item_of_a_list_that_is_not_known_is_named(word: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{word} is not known: write one or more of "):
+        read([word], dpo.WORDS, dpo.CHOICES, dpo.NUMBERS, dpo.LISTS)
+
+
 def test_words_are_read_and_the_others_have_their_defaults() -> None:
     asked = sft.read_words(["storage=bf16", "length=512", "note=a=b c"])
     assert asked == sft.WORDS | {"storage": "bf16", "length": "512", "note": "a=b c"}
@@ -96,9 +109,10 @@ def test_systems_take_turns_and_one_that_breaks_leaves_the_others(tmp_path: Path
     assert readings == [[0.5, 0.5], [0.25, 0.25], [], [2.0, 2.0]]
     processes = {reading["pid"] for entry in entries[:2] for reading in entry.readings}
     assert len(processes) == (1 if together else 2)
-    assert "b is left out from here on: it ended with exit status 3; its last words: ValueError: it does not fit" in (
-        capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    failed = "b is left out from here on: it ended with exit status 3; its last words: ValueError: it does not fit"
+    assert said.count("b is left out") == (1 if together else 2)
+    assert failed in said
     assert "libraries print" in (tmp_path / "a" / "log.txt").read_text()
 
 
@@ -223,8 +237,6 @@ def test_sides_of_dpo_are_measured_together_or_apart() -> None:
     assert [name.split(",")[0] for name in lean] == ["burnish", "unsloth"]
     assert len(fast) == len(dpo.OURS) - 1 + 3
     assert all("memory=least" not in name and "checkpointing=true" not in name for name in fast)
-    with pytest.raises(ValueError, match=r"^sides=quick is not known: write one of fast,lean, fast, lean"):
-        read(["sides=quick"], dpo.WORDS, dpo.CHOICES, dpo.NUMBERS)
 
 
 @pytest.mark.parametrize("row", sft.ROWS)
