@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from benchmarks.contest import Entry, contest, model_folders, open_ours, open_peer, peers_missing, row_of
-from benchmarks.meter import Meter, device_name, here, needs_cuda
+from benchmarks.meter import Meter, here, needs_cuda, stamp
 from benchmarks.models import RANK, open_random
-from benchmarks.rows import PLACES, current_commit, read_words, write_row
+from benchmarks.rows import PLACES, read_words, write_row
 from benchmarks.shapes import FIRST_ID, SHAPES
 from benchmarks.turns import Clock, Failed, Worker, listen, say
 from burnish import __version__
@@ -100,15 +100,14 @@ def main(asked: Mapping[str, str]) -> None:
             except Failed as error:
                 print(f"TRL and Unsloth are left out: {error}", flush=True)
         contest(entries, open_worker, int(asked["rounds"]), clock, together=True)
-    device = here()
-    about = {"commit": asked["commit"] or current_commit(), "device": device_name(device), "torch": torch.__version__}
+    about = stamp(asked["commit"])
     pairs = int(asked["pairs"])
     tokens = pairs * 2 * (int(asked["prompt"]) + int(asked["answer"]))
     for entry in entries:
         if entry.readings:
             row = about | row_of(entry, pairs, tokens)
             row["note"] = f"{row['note']}; {asked['note']}".rstrip("; ")
-            write_row(row, Path(asked["results"]) if asked["results"] else None)
+            write_row(row, asked["results"])
 
 
 def ours(asked: Mapping[str, str]) -> list[Entry]:

@@ -14,15 +14,14 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.attended import attention_readings
-from benchmarks.meter import device_name, here
-from benchmarks.rows import current_commit, write_row
+from benchmarks.meter import here, stamp
 from benchmarks.rows import read_words as read
+from benchmarks.rows import write_row
 from benchmarks.timing import Call, Reading, attempt, burst, rotated, seconds
 from burnish.ops import fp8, nf4
 from burnish.ops.add_norm import Gain, NormBackward, add_norm, add_norm_backward, norm_again
@@ -49,14 +48,13 @@ def main(asked: Mapping[str, str]) -> None:
     if device.type != "cuda":
         raise ValueError("kernels are measured on a CUDA device, and there is none: run it where torch sees one")
     kinds = (memory_readings, product_readings, attention_readings)
-    about = {"commit": asked["commit"] or current_commit(), "device": device_name(device)}
-    about |= {"torch": torch.__version__, "benchmark": "kernels", "system": "burnish"}
+    about = stamp(asked["commit"]) | {"benchmark": "kernels", "system": "burnish"}
     readings: list[Reading] = []
     for one in (reading for kind in kinds for reading in kind(device, asked["only"])):
         readings.append(one)
         note = ", ".join(filter(None, (one.rate, one.share, asked["note"])))
         row = about | {"step_seconds": f"{one.seconds:.8f}", "note": note, "settings": f"name={one.name}"}
-        write_row(row, Path(asked["results"]) if asked["results"] else None)
+        write_row(row, asked["results"])
     print(f"\n{'name':40} {'ms':>9} {'rate':>14}  share")
     for one in readings:
         print(f"{one.name:40} {1000 * one.seconds:9.4f} {one.rate:>14}  {one.share}")

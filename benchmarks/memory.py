@@ -23,14 +23,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import ppo
 from benchmarks.contest import model_folders, open_ours
 from benchmarks.memory_rows import MOST, ROWS, UNIT, Row, longest, sized
 from benchmarks.memory_run import gib
-from benchmarks.meter import device_name, here, needs_cuda
-from benchmarks.rows import PLACES, current_commit, write_row
+from benchmarks.meter import here, needs_cuda, stamp
+from benchmarks.rows import PLACES, write_row
 from benchmarks.rows import read_words as read
 from benchmarks.turns import Clock, Failed, Worker
 from burnish.settings import memory_bytes
@@ -63,7 +61,7 @@ def main(asked: Mapping[str, str]) -> None:
     if here().type == "cpu":
         asked = {**asked, "cap": "none"}  # it is the CUDA allocator that is capped
     clock, model = Clock(float(asked["seconds"])), Path(asked["scratch"]) / "model"
-    about = {"commit": asked["commit"] or current_commit(), "device": device_name(here()), "torch": torch.__version__}
+    about = stamp(asked["commit"])
     with ExitStack() as stack:
         ask, written = stack.enter_context(processes(asked, clock)), False
         for name in asked["rows"].split(","):
@@ -80,7 +78,7 @@ def main(asked: Mapping[str, str]) -> None:
                 print(f"{name} is left out: it {error}", flush=True)
                 continue
             columns = columns_of(name, row, asked, reading)
-            write_row(about | columns, Path(asked["results"]) if asked["results"] else None)
+            write_row(about | columns, asked["results"])
             print(f"{name}: {told_of(columns)}", flush=True)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.rows import CPU
+from benchmarks.rows import CPU, current_commit
 
 
 class Meter:
@@ -86,6 +86,11 @@ def needs_cuda(script: str, shape: str) -> None:
 def device_name(device: torch.device) -> str:
     """The name that a row gives the device."""
     return torch.cuda.get_device_name() if device.type == "cuda" else CPU
+
+
+def stamp(commit: str) -> dict[str, str]:
+    """The columns of a row that say what was measured and where; an empty commit is that of the checkout."""
+    return {"commit": commit or current_commit(), "device": device_name(here()), "torch": torch.__version__}
 
 
 def device_gib() -> float:

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from benchmarks.contest import Entry, contest, model_folders, open_ours, open_peer, peers_missing, row_of
-from benchmarks.meter import device_name, here, needs_cuda
+from benchmarks.meter import needs_cuda, stamp
 from benchmarks.models import ALPHA, RANK
-from benchmarks.rows import PLACES, current_commit, read_words, write_row
+from benchmarks.rows import PLACES, read_words, write_row
 from benchmarks.shapes import FIRST_ID, SHAPES
 from benchmarks.turns import Clock, Failed, Worker, listen, say
 from burnish import __version__
@@ -81,14 +81,14 @@ def main(asked: Mapping[str, str]) -> None:
             contest(entries, open_worker, int(asked["rounds"]), clock, together=False)
     except Failed as error:
         sys.exit(f"benchmarks/ppo.py: {error}")
-    about = {"commit": asked["commit"] or current_commit(), "device": device_name(here()), "torch": torch.__version__}
+    about = stamp(asked["commit"])
     answers = int(asked["prompts"])
     tokens = answers * (int(asked["prompt"]) + int(asked["answer"]))
     for entry in entries:
         if entry.readings:
             row = about | row_of(entry, answers, tokens) | {"phases": shares(entry.readings)}
             row["note"] = f"{row['note']}; {asked['note']}".rstrip("; ")
-            write_row(row, Path(asked["results"]) if asked["results"] else None)
+            write_row(row, asked["results"])
 
 
 def ours(asked: Mapping[str, str]) -> list[Entry]:

@@ -94,14 +94,14 @@ def measured(rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
     return [row for row in rows if row["device"] != CPU]
 
 
-def write_row(row: Mapping[str, object], results: Path | None = None) -> None:
+def write_row(row: Mapping[str, object], results: str | Path = "") -> None:
     """Print the row, with today's date, and append it to results.csv; that of a trial only to a file that is named."""
     dated = {"date": datetime.now(UTC).date().isoformat(), **row}
     print(" ".join(f"{key}={value}" for key, value in dated.items()), flush=True)
-    if results is None and row.get("device") == CPU:
+    if not results and row.get("device") == CPU:
         print("a trial on a CPU: the row is not kept; results=FILE keeps it", flush=True)
         return
-    path = results or RESULTS
+    path = Path(results or RESULTS)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists() or not path.stat().st_size
     with path.open("a", newline="", encoding="utf-8") as file:

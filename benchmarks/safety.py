@@ -27,10 +27,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from benchmarks.meter import device_name, here
-from benchmarks.rows import current_commit
+from benchmarks.meter import stamp
 from benchmarks.rows import read_words as read
 from benchmarks.safety_data import SCALES, make_data
 from benchmarks.safety_pool import Pool
@@ -74,9 +71,8 @@ def main(asked: Mapping[str, str]) -> list[Measured]:
     data = make_data(scale, int(asked["pretrain_tokens"]), int(asked["steps"]), int(asked["workers"]))
     sizes = f"{len(data.text.ids):,} tokens of text, {len(data.questions):,} questions"
     print(f"{sizes} of {len(data.questions.ids):,} tokens in {time.perf_counter() - began:.0f} s", flush=True)
-    known = {"date": datetime.now(UTC).date().isoformat(), "commit": asked["commit"] or current_commit()}
-    known |= {"device": device_name(here()), "torch": torch.__version__, "lr": TUNE.lr}
-    known |= {"step_tokens": scale.step_tokens}
+    known = {"date": datetime.now(UTC).date().isoformat(), **stamp(asked["commit"])}
+    known |= {"lr": TUNE.lr, "step_tokens": scale.step_tokens}
     measured: list[Measured] = []
     with tempfile.TemporaryDirectory() as folder:
         course = Course(Path(folder), asked["params"], int(asked["steps"]), int(asked["every"]))

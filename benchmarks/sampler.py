@@ -12,14 +12,11 @@ import random
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
-import torch
-
-from benchmarks.meter import Meter, device_name, here
+from benchmarks.meter import Meter, here, needs_cuda, stamp
 from benchmarks.models import RANK, open_random
-from benchmarks.rows import current_commit, write_row
 from benchmarks.rows import read_words as read
+from benchmarks.rows import write_row
 from benchmarks.shapes import FIRST_ID, SHAPES
 from benchmarks.turns import median
 from burnish.engine.mesh import Mesh
@@ -50,6 +47,7 @@ WARM_UP, TIMED = 1, 3
 
 def main(asked: Mapping[str, str]) -> None:
     """Measures what is asked for, prints the row and adds it to results.csv."""
+    needs_cuda("benchmarks/sampler.py", asked["shape"])
     slots, count, length, answer = (int(asked[key]) for key in NUMBERS)
     mesh, dense = Mesh(here()), {"auto": None, "true": True, "false": False}[asked["dense"]]
     began = time.perf_counter()
@@ -69,9 +67,7 @@ def main(asked: Mapping[str, str]) -> None:
     seconds = median(turn["seconds"])
     write_row(
         {
-            "commit": asked["commit"] or current_commit(),
-            "device": device_name(mesh.device),
-            "torch": torch.__version__,
+            **stamp(asked["commit"]),
             "benchmark": "sampler",
             "system": "burnish",
             "shape": asked["shape"],
@@ -87,7 +83,7 @@ def main(asked: Mapping[str, str]) -> None:
             "samples_per_second": f"{count / seconds:.2f}",
             "settings": " ".join(f"{key}={asked[key]}" for key in (*NUMBERS, "graphs", "dense")),
         },
-        Path(asked["results"]) if asked["results"] else None,
+        asked["results"],
     )
 
 

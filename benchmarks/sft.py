@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 from benchmarks.contest import Entry, contest, model_folders, open_ours, open_peer, peers_missing, row_of
-from benchmarks.meter import Meter, device_gib, device_name, give_back, here, needs_cuda
+from benchmarks.meter import Meter, device_gib, give_back, here, needs_cuda, stamp
 from benchmarks.models import ALPHA, RANK, open_random
-from benchmarks.rows import PLACES, current_commit, write_row
+from benchmarks.rows import PLACES, write_row
 from benchmarks.rows import read_words as read
 from benchmarks.shapes import SHAPES
 from benchmarks.turns import Clock, Failed, Worker, listen, say
@@ -129,12 +129,12 @@ def measure(asked: Mapping[str, str], entries: list[Entry], clock: Clock, togeth
         return open_peer(["benchmarks.peers.sft", *words], Path(asked["peers"]), ["site"], log, scratch / name)
 
     contest(entries, open_worker, int(asked["rounds"]), clock, together)
-    about = {"commit": asked["commit"] or current_commit(), "device": device_name(here()), "torch": torch.__version__}
+    about = stamp(asked["commit"])
     for entry in entries:
         if entry.readings:
             row = about | row_of(entry)
             row["note"] = f"{row['note']}; {asked['note']}".rstrip("; ")
-            write_row(row, Path(asked["results"]) if asked["results"] else None)
+            write_row(row, asked["results"])
 
 
 def sides_of(asked: Mapping[str, str]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from benchmarks import attended, compare, kernels
+from benchmarks import attended, compare, kernels, meter
 from benchmarks.timing import Reading
 from burnish.ops.rope import Heads
 
@@ -138,7 +138,7 @@ def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.Monke
         raise RuntimeError("the device is lost")
 
     monkeypatch.setattr(kernels, "here", lambda: torch.device("cuda"))
-    monkeypatch.setattr(kernels, "device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(meter, "device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(kernels, "memory_readings", readings)
     asked = kernels.WORDS | {"results": f"{tmp_path}/rows.csv", "commit": "c0ffee", "note": "again"}
     with pytest.raises(RuntimeError, match="lost"):

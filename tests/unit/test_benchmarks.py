@@ -69,7 +69,7 @@ def test_a_word_that_is_not_known_is_named_with_the_nearest(word: str, message: 
         sft.read_words(["rounds=2", word])
 
 
-@pytest.mark.parametrize("script", [dpo, memory, ppo, sft])
+@pytest.mark.parametrize("script", [dpo, memory, ppo, sampler, sft])
 def test_nothing_but_a_trial_is_begun_on_a_cpu(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=r"it measures on a CUDA device, and there is none; shape=tiny tries it out"):
